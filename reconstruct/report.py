@@ -1,0 +1,240 @@
+"""One HTML file that shows a reconstruction: no server, no network, works from a memory stick.
+
+The page is `pages/report.html`; this file fills in its data. Refocusing and the 3-D view run in the browser
+(WebGL) from the all-in-focus image and the depth, packed into one PNG: red and green hold the inverse depth
+as 16 bits, blue its standard deviation (square-root coded).
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from reconstruct import export
+from reconstruct.result import Reconstruction
+
+PAGE_WIDTH_PX = 1024
+THUMBNAIL_PX = 320
+CLOUD_POINTS = 120_000
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What the errors are measured against: depth (H, W) metres with NaN, and the error table's rows."""
+
+    depth_m: NDArray[np.float32]
+    columns: list[str]
+    rows: list[list[str]]
+    note: str
+
+
+def format_length(metres: float) -> str:
+    """Metres in the unit that a person would use."""
+    if not np.isfinite(metres):
+        return "unknown"
+    if metres < 0.01:
+        return f"{metres * 1e3:.2f} mm"
+    if metres < 1:
+        return f"{metres * 100:.1f} cm"
+    return f"{metres:.2f} m"
+
+
+def render_report(
+    result: Reconstruction,
+    thumbnails: Sequence[tuple[NDArray[np.uint8], str]],
+    truth: Truth | None = None,
+) -> str:
+    """The report as HTML text.
+
+    Args:
+        result: what to show.
+        thumbnails: (sRGB image, label) of each captured frame.
+        truth: adds an error map and the table of errors when the true depth is known.
+    """
+    payload = {
+        "title": result.name,
+        "subtitle": _subtitle(result),
+        "metric": result.metric,
+        "warnings": list(result.record.get("warnings", [])),
+        "facts": _facts(result),
+        "maps": _maps(result, truth),
+        "frames": [{"src": _jpeg(image), "label": label} for image, label in thumbnails],
+        "errors": None if truth is None else {"columns": truth.columns, "rows": truth.rows, "note": truth.note},
+        "scene": _scene(result),
+        "cloud": _cloud(result),
+        "record": result.record,
+    }
+    text = json.dumps(_finite(payload), separators=(",", ":")).replace("</", "<\\/")
+    page = resources.files("reconstruct").joinpath("pages/report.html").read_text(encoding="utf-8")
+    return page.replace("/*DATA*/", text)
+
+
+def _subtitle(result: Reconstruction) -> str:
+    height, width = result.confidence.shape
+    kind = "metric depth" if result.metric else "relative depth (uncalibrated: ordered, no unit)"
+    method = result.record.get("method", {}).get("name", "unknown method")
+    return f"{len(result.focus_dpt)} frames of {width} x {height} px, {kind}, {method}"
+
+
+def _facts(result: Reconstruction) -> list[tuple[str, str]]:
+    near, far = result.near_far()
+    known = np.isfinite(result.depth)
+    facts: list[tuple[str, str]] = []
+    if result.metric:
+        facts += [("nearest (1 %)", format_length(near)), ("farthest (99 %)", format_length(far))]
+        facts += [("median uncertainty", "± " + format_length(float(np.median(result.depth_std[known]))))]
+    facts += [
+        ("confident (above 0.5)", f"{100 * float((result.confidence > 0.5).mean()):.0f} %"),
+        ("depth known", f"{100 * float(known.mean()):.0f} %"),
+    ]
+    for label, key, unit in (("alignment residual", "alignment_residual_px", "px"), ("time", "seconds", "s")):
+        value = result.record.get("summary", {}).get(key)
+        if value is not None:
+            facts.append((label, f"{value:.2g} {unit}" if unit == "px" else f"{value:.1f} {unit}"))
+    return facts
+
+
+def _maps(result: Reconstruction, truth: Truth | None) -> list[dict[str, Any]]:
+    colour, low, high = export.colorize_inverse_depth(result.inverse_depth_dpt)
+    ticks = np.linspace(high, low, 5)
+    if result.metric:
+        labels = [format_length(1 / q) if q > 1e-3 else "far" for q in ticks]
+    else:
+        labels = ["near", "", "", "", "far"]
+    maps = [
+        _map("All-in-focus image", result.aif_srgb8, "fused from all frames in linear light"),
+        _map("Depth", colour, "evenly spread over dioptres", _bar(reverse=True), labels),
+        _map(
+            "Confidence",
+            export.colorize(result.confidence, 0, 1),
+            "how sure the depth is, 0 to 1",
+            _bar(),
+            ["0", "0.25", "0.5", "0.75", "1"],
+        ),
+    ]
+    std = result.depth_std
+    top = float(np.nanpercentile(std, 95)) if np.isfinite(std).any() else 1.0
+    labels = [format_length(v) if result.metric else f"{v:.2f}" for v in np.linspace(0, top, 3)]
+    maps.append(_map("Uncertainty", export.colorize(std, 0, top), "one standard deviation", _bar(), labels))
+    if truth is not None:
+        true_colour = export.colorize(1 / truth.depth_m, low, high)
+        maps.append(
+            _map("True depth", true_colour, "same colours as Depth", _bar(reverse=True), maps[1]["bar"]["ticks"])
+        )
+        error = np.abs(result.depth - truth.depth_m) / truth.depth_m
+        maps.append(
+            _map(
+                "Error", export.colorize(error, 0, 0.1), "|depth - truth| / truth", _bar(), ["0", "5 %", "10 % and more"]
+            )
+        )  # fmt: skip
+    return maps
+
+
+def _map(
+    name: str,
+    image: NDArray[np.uint8],
+    note: str,
+    colors: list[str] | None = None,
+    ticks: list[str] | None = None,
+) -> dict[str, Any]:
+    entry: dict[str, Any] = {"name": name, "note": note, "src": _jpeg(_fit(image, 800), quality=90)}
+    if colors is not None:
+        entry["bar"] = {"colors": colors, "ticks": ticks or []}
+    return entry
+
+
+def _bar(*, reverse: bool = False) -> list[str]:
+    lut = export.colorize(np.linspace(1 if reverse else 0, 0 if reverse else 1, 17)[None], 0, 1)[0]
+    return [f"rgb({r},{g},{b})" for r, g, b in lut]
+
+
+def _scene(result: Reconstruction) -> dict[str, Any]:
+    """What the refocus shader needs, at most PAGE_WIDTH_PX wide."""
+    aif = _fit(result.aif_srgb8, PAGE_WIDTH_PX)
+    height, width = aif.shape[:2]
+    scale = width / result.aif.shape[1]
+    finite = np.isfinite(result.inverse_depth_dpt)
+    median = float(np.median(result.inverse_depth_dpt[finite])) if finite.any() else 0.0
+    q = cv2.resize(np.where(finite, result.inverse_depth_dpt, median), (width, height), interpolation=cv2.INTER_NEAREST)
+    std = cv2.resize(np.nan_to_num(result.std_dpt), (width, height), interpolation=cv2.INTER_NEAREST)
+    low, high = (float(v) for v in np.percentile(q, [0.2, 99.8]))
+    high = max(high, low + 1e-6)
+    std_scale = max(float(std.max()), 1e-9)
+    level = np.rint(np.clip((q - low) / (high - low), 0, 1) * 65535).astype(np.uint16)
+    packed = np.stack([level >> 8, level & 255, np.rint(np.sqrt(std / std_scale) * 255)], axis=-1).astype(np.uint8)
+    return {
+        "aif": _jpeg(aif, quality=92),
+        "packed": _png(packed),
+        "q_low": low,
+        "q_high": high,
+        "std_scale": std_scale,
+        "kappa": float(np.median(result.kappa_px_per_dpt)) * scale,
+        "focus_near": float(result.focus_dpt.max()),
+        "focus_far": float(result.focus_dpt.min()),
+    }
+
+
+def _cloud(result: Reconstruction) -> dict[str, Any]:
+    """Centred points in a unit box as 16-bit integers, thinned to CLOUD_POINTS."""
+    depth = result.depth if result.metric else 1 + np.clip(result.depth, 0, 1)
+    stride = max(1, int(np.ceil(np.sqrt(depth.size / CLOUD_POINTS))))
+    xyz = export.back_project(depth.astype(np.float32), result.intrinsics)[::stride, ::stride]
+    rgb = result.aif_srgb8[::stride, ::stride]
+    sure = result.confidence[::stride, ::stride]
+    known = np.isfinite(xyz).all(axis=-1)
+    if not known.any():
+        return {"xyz": "", "rgb": "", "confidence": "", "point": 0.01}
+    low, high = np.percentile(xyz[known], [1, 99], axis=0)
+    extent = float((high - low)[:2].max())
+    centred = (xyz[known] - (low + high) / 2) / max(extent, 1e-9)
+    keep = (np.abs(centred) < 1).all(axis=-1)
+    quantised = np.rint(centred[keep] * 32767).astype("<i2")
+    return {
+        "xyz": _base64(quantised.tobytes()),
+        "rgb": _base64(rgb[known][keep].tobytes()),
+        "confidence": _base64(np.rint(sure[known][keep] * 255).astype(np.uint8).tobytes()),
+        "point": 1.9 * 1.3 / (xyz.shape[1] or 1),
+    }
+
+
+def _fit(image: NDArray[np.uint8], width_px: int) -> NDArray[np.uint8]:
+    height, width = image.shape[:2]
+    if width <= width_px:
+        return image
+    return cv2.resize(image, (width_px, round(height * width_px / width)), interpolation=cv2.INTER_AREA)
+
+
+def _jpeg(image: NDArray[np.uint8], quality: int = 85) -> str:
+    encoded = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+    return "data:image/jpeg;base64," + _base64(encoded.tobytes())
+
+
+def _png(image: NDArray[np.uint8]) -> str:
+    return "data:image/png;base64," + _base64(cv2.imencode(".png", image[..., ::-1])[1].tobytes())
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN: None stands for it; NumPy scalars become plain numbers."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, np.ndarray):
+        return _finite(value.tolist())
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    return value

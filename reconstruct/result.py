@@ -1,0 +1,208 @@
+"""What reconstructing one stack gives, and the folder it is kept in.
+
+`OUT/<stack name>/` is written under a temporary name and renamed: it is complete or it does not exist
+(design section 4).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from capture.decode import decode_image, to_linear, to_srgb8
+from numpy.typing import NDArray
+
+from capture.errors import DataError, NoSpaceError, UsageError
+from reconstruct import export
+
+RECORD = "reconstruction.json"
+_MIN_INVERSE_DEPTH_DPT = 1e-3  # beyond a kilometre nothing is known from defocus
+
+
+@dataclass
+class Reconstruction:
+    """Depth, confidence and all-in-focus image of one stack.
+
+    Attributes:
+        inverse_depth_dpt: (H, W) float32, 1/m; in relative mode the position along the sweep, see `metric`.
+        std_dpt: (H, W) float32, standard deviation of `inverse_depth_dpt`.
+        confidence: (H, W) float32, 0 to 1.
+        aif: (H, W, 3) float32, linear RGB, 0 to 1.
+        metric: True if depths are metres. False for an uncalibrated stack: `depth` is then ordered and
+            unitless, 0 at the nearest focus setting and 1 at the farthest.
+        record: everything else worth keeping (inputs, lens, versions, timings, residuals), JSON-ready.
+    """
+
+    name: str
+    inverse_depth_dpt: NDArray[np.float32]
+    std_dpt: NDArray[np.float32]
+    confidence: NDArray[np.float32]
+    aif: NDArray[np.float32]
+    metric: bool
+    intrinsics: export.Intrinsics
+    focus_dpt: NDArray[np.float64]
+    kappa_px_per_dpt: NDArray[np.float64]
+    record: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def depth(self) -> NDArray[np.float32]:
+        """(H, W) metres, NaN where unknown; in relative mode 0 (near end of the sweep) to 1 (far end)."""
+        if self.metric:
+            q = self.inverse_depth_dpt
+            return np.where(q > _MIN_INVERSE_DEPTH_DPT, 1 / np.maximum(q, _MIN_INVERSE_DEPTH_DPT), np.nan)
+        near, far = self.focus_dpt.max(), self.focus_dpt.min()
+        return ((near - self.inverse_depth_dpt) / max(near - far, 1e-9)).astype(np.float32)
+
+    @property
+    def depth_std(self) -> NDArray[np.float32]:
+        """Standard deviation of `depth`, first order: std / q^2 in metres."""
+        if self.metric:
+            return (self.std_dpt * self.depth**2).astype(np.float32)
+        return (self.std_dpt / max(np.ptp(self.focus_dpt), 1e-9)).astype(np.float32)
+
+    @property
+    def aif_srgb8(self) -> NDArray[np.uint8]:
+        """(H, W, 3) sRGB for the screen."""
+        return to_srgb8(self.aif)
+
+    def near_far(self) -> tuple[float, float]:
+        """Robust nearest and farthest depth (1st and 99th percentile)."""
+        known = self.depth[np.isfinite(self.depth)]
+        return tuple(float(v) for v in np.percentile(known, [1, 99])) if known.size else (np.nan, np.nan)
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether `folder` holds a finished reconstruction."""
+    return (folder / RECORD).is_file()
+
+
+def save(
+    result: Reconstruction,
+    out: Path,
+    *,
+    depth_unit: export.DepthUnit = "mm",
+    extra_formats: tuple[str, ...] = (),
+    exif: bytes | None = None,
+    report_html: str | None = None,
+    replace: bool = False,
+) -> Path:
+    """Write every file of design section 4 into `out/<name>/` and return that folder.
+
+    Raises UsageError if the folder exists and `replace` is False or `out` cannot be written; NoSpaceError
+    if the disk is full. Nothing partial is left behind.
+    """
+    target = out / result.name
+    if target.exists() and not replace:
+        raise UsageError(f"{target} already exists; remove it, choose another -o, or add --force to replace it")
+    staging = out / f".{result.name}.partial-{os.getpid()}"
+    try:
+        staging.mkdir(parents=True)
+        _write_files(result, staging, depth_unit, extra_formats, exif)
+        if report_html is not None:
+            (staging / "report.html").write_text(report_html, encoding="utf-8")
+        (staging / RECORD).write_text(json.dumps(result.record, indent=2, default=_plain) + "\n", encoding="utf-8")
+        if target.exists():
+            retired = out / f".{result.name}.retired-{os.getpid()}"
+            target.rename(retired)
+            staging.rename(target)
+            shutil.rmtree(retired)
+        else:
+            staging.rename(target)
+    except OSError as error:
+        if error.errno == 28:
+            raise NoSpaceError(
+                f"{out}: the disk is full; reconstructing {result.name} needs about "
+                f"{result.aif.nbytes * 3 / 1e6:.0f} MB there; free some space and run again"
+            ) from error
+        raise UsageError(f"{out} cannot be written ({error.strerror}); choose another output folder with -o") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return target
+
+
+def _write_files(
+    result: Reconstruction,
+    folder: Path,
+    depth_unit: export.DepthUnit,
+    extra_formats: tuple[str, ...],
+    exif: bytes | None,
+) -> None:
+    depth = result.depth
+    rgb = result.aif_srgb8
+    np.save(folder / "depth.npy", depth)
+    np.save(folder / "depth_std.npy", result.depth_std)
+    np.save(folder / "confidence.npy", result.confidence)
+    export.write_png(folder / "aif.png", rgb, exif=exif)
+    export.write_png(folder / "depth_color.png", export.colorize_inverse_depth(result.inverse_depth_dpt)[0])
+    if result.metric:
+        unstored = export.write_depth_png(folder / "depth.png", depth, depth_unit)
+        result.record["depth_png"] = {"unit": depth_unit, "unknown": 0, "pixels_out_of_range": unstored}
+        solid_m = depth
+    else:
+        levels = np.where(np.isfinite(depth), 1 + np.clip(depth, 0, 1) * 65534, 0)
+        export.write_png(folder / "depth.png", np.rint(levels).astype(np.uint16))
+        result.record["depth_png"] = {"unit": "relative: 1 nearest, 65535 farthest", "unknown": 0}
+        solid_m = (1.0 + np.clip(depth, 0, 1)).astype(np.float32)  # a shape to look at; the scale is arbitrary
+    result.record["points"] = export.write_ply(
+        folder / "points.ply", solid_m, rgb, result.confidence, result.intrinsics
+    )
+    if "glb" in extra_formats:
+        export.write_glb(folder / "mesh.glb", solid_m, rgb, result.intrinsics)
+    if "tiff" in extra_formats:
+        export.write_float_tiff(folder / "depth.tiff", depth)
+    if "exr" in extra_formats:
+        export.write_exr(folder / "depth.exr", depth, result.aif)
+    if "nerfstudio" in extra_formats:
+        export.write_nerfstudio(folder / "transforms.json", *depth.shape, result.intrinsics)
+
+
+def load(folder: Path) -> Reconstruction:
+    """Read back what `save` wrote; the AIF as linear light from its 8-bit PNG. Raises DataError."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        depth, std, confidence = (
+            np.load(folder / f"{name}.npy", allow_pickle=False) for name in ("depth", "depth_std", "confidence")
+        )
+        optics = record["optics"]
+        metric = bool(record["metric"])
+        focus_dpt = np.asarray(optics["focus_dpt"], dtype=np.float64)
+        kappa = np.asarray(optics["kappa_px_per_dpt"], dtype=np.float64)
+        intrinsics = export.Intrinsics(**record["intrinsics"])
+    except FileNotFoundError as error:
+        raise DataError(f"{folder} is not a finished reconstruction: {Path(error.filename).name} is missing") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder} is damaged ({error}); reconstruct the stack again") from None
+    if metric:
+        inverse = 1 / depth
+        std_dpt = std * inverse**2
+    else:
+        near, span = focus_dpt.max(), np.ptp(focus_dpt)
+        inverse = near - depth * span
+        std_dpt = std * span
+    raw, transfer, white_level = decode_image(folder / "aif.png")
+    return Reconstruction(
+        name=folder.name,
+        inverse_depth_dpt=inverse.astype(np.float32),
+        std_dpt=std_dpt.astype(np.float32),
+        confidence=confidence,
+        aif=to_linear(raw, transfer, white_level),
+        metric=metric,
+        intrinsics=intrinsics,
+        focus_dpt=focus_dpt,
+        kappa_px_per_dpt=kappa,
+        record=record,
+    )
+
+
+def _plain(value: Any) -> Any:
+    """JSON for NumPy scalars and arrays; anything else is a mistake of ours."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} in a reconstruction record")
