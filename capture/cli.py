@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,8 +12,6 @@ from capture.errors import UsageError
 
 if TYPE_CHECKING:
     from capture.plan import Assessment, FocusSweep
-
-_Word = TypeVar("_Word", bound=str)
 
 
 def register(app: typer.Typer) -> None:
@@ -49,9 +47,11 @@ def _plan(
     import dataclasses
     import json
 
+    from capture.lens import Lens
     from capture.plan import assess, command_sweep, explicit_sweep, plan_sweep, read_lens
 
-    optic = read_lens(lens).rescaled(1.0 / reduce) if lens else None
+    stored = read_lens(lens) if lens else None
+    optic = stored.rescaled(1.0 / reduce) if stored else None
     if positions is not None:
         sweep = command_sweep(_positions(positions), _choice(unit, "--unit", ("step", "driver", "dioptre", "m")))
     elif distances is not None:
@@ -65,6 +65,8 @@ def _plan(
     if optic is not None and positions is None:
         shape = _image_shape(image) if image else None
         assessment = assess(sweep, optic, seconds_per_frame=seconds_per_frame, image_shape=shape, raw=raw)
+    if isinstance(stored, Lens):
+        sweep = sweep.model_copy(update={"lens": stored})
     if output is not None:
         sweep.write(output)
     if as_json:
@@ -127,7 +129,8 @@ def _number(word: str, option: str) -> float:
         raise UsageError(f"{option}: {word.strip()!r} is not a number") from None
 
 
-def _choice(word: str, option: str, choices: tuple[_Word, ...]) -> _Word:
+def _choice(word: str, option: str, choices: tuple[str, ...]) -> Any:
+    """`word`, if it is one of `choices` (any literal type that names them)."""
     for choice in choices:
         if word == choice:
             return choice

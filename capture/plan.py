@@ -289,7 +289,8 @@ def coc_bound_px(range_px: float, count: int) -> float:
     log_range = np.log(np.clip(range_px, _BOUND_RANGE_PX[0], _BOUND_RANGE_PX[-1]))
     log_count = np.log(np.clip(count, _BOUND_FRAMES[0], _BOUND_FRAMES[-1]))
     per_range = [float(np.interp(log_count, np.log(_BOUND_FRAMES), row)) for row in _BOUND_PX]
-    return float(np.interp(log_range, np.log(_BOUND_RANGE_PX), per_range))
+    beyond = max(range_px / _BOUND_RANGE_PX[-1], 1.0)  # the table's last rows grow like this when frames are far apart
+    return beyond * float(np.interp(log_range, np.log(_BOUND_RANGE_PX), per_range))
 
 
 def assess(
@@ -320,7 +321,7 @@ def assess(
             focus_dpt=float(q),
             step_px=float(step),
             bound_m=float(depth_error_m(distance_m, k, bound_px)),
-            typical_m=float(depth_error_m(distance_m, k, TYPICAL_COC_ERROR_PX)),
+            typical_m=float(depth_error_m(distance_m, k, max(TYPICAL_COC_ERROR_PX, bound_px))),
         )
         for distance_m, q, k, step in zip(sweep.focus_distance_m, focus_dpt, kappa, [*steps_px, math.nan], strict=True)
     )
