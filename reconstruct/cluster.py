@@ -1,0 +1,155 @@
+"""Stacks on many workers: Dask carries the calls, this file decides who does what and what a death means.
+
+Every worker thread gets one stack at a time, pinned to it. So a worker that dies takes down only the stacks it
+was working on; those are tried once more elsewhere, and a stack that is there at two deaths is set aside and
+named. (Dask's own retries also fail innocent stacks that were queued on the dying worker, notes/ecosystem.md 3c.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from capture.errors import DaifError, UsageError
+
+MAX_DEATHS = 2
+POLL_S = 0.1
+NO_WORKER_LIMIT_S = 60.0
+
+
+@dataclass
+class Finished:
+    """One stack's end: its record, or the sentence that says why there is none."""
+
+    path: Path
+    record: dict[str, Any] | None = None
+    error: str = ""
+
+
+@dataclass
+class _Board:
+    """Who is working on what."""
+
+    waiting: deque[Path]
+    running: dict[Any, tuple[Path, str]] = field(default_factory=dict)  # future -> stack, worker address
+    deaths: Counter[Path] = field(default_factory=Counter)
+
+
+@contextlib.contextmanager
+def connect(workers: int, address: str | None) -> Iterator[Any]:
+    """A Dask client: of the cluster at `address`, or of `workers` new processes on this machine's loopback.
+
+    Raises UsageError if no scheduler answers at `address`.
+    """
+    import dask
+    from distributed import Client, LocalCluster
+
+    if address is not None:
+        try:
+            client = Client(address, timeout="10s")
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"no Dask scheduler answers at {address} ({error}); start one with `dask scheduler`"
+            ) from None
+        with client:
+            yield client
+        return
+    quiet = {"distributed.logging.distributed": "critical", "distributed.admin.log-format": "%(message)s"}
+    with (
+        dask.config.set({**quiet, "distributed.worker.daemon": False, "distributed.comm.timeouts.connect": "30s"}),
+        LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            host="127.0.0.1",
+            dashboard_address=None,
+            silence_logs=50,
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+def run_on(client: Any, paths: Sequence[Path], call: Callable[[Path], dict[str, Any]]) -> Iterator[Finished]:
+    """Call `call(path)` on the client's workers and yield each stack as it ends, in any order.
+
+    Raises DaifError if the scheduler goes away or no worker is left for a minute; what was yielded stays done.
+    """
+    board = _Board(waiting=deque(paths))
+    alone_since: float | None = None
+    while board.waiting or board.running:
+        capacity = _workers(client)
+        if not capacity:
+            alone_since = alone_since or time.monotonic()
+            if time.monotonic() - alone_since > NO_WORKER_LIMIT_S:
+                left = len(board.waiting) + len(board.running)
+                raise DaifError(
+                    f"no worker has been there for {NO_WORKER_LIMIT_S:.0f} s and {left} stacks are left; "
+                    "start workers and run again"
+                )
+        else:
+            alone_since = None
+        yield from _bury(board, capacity)
+        _hand_out(client, board, capacity, call)
+        yield from _collect(board)
+        time.sleep(POLL_S)
+
+
+def _workers(client: Any) -> dict[str, int]:
+    """Threads of every worker that is there now."""
+    if client.status != "running":
+        raise DaifError("the Dask scheduler has gone away; finished stacks stay finished, run again to do the rest")
+    return {address: info["nthreads"] for address, info in client.scheduler_info(n_workers=-1)["workers"].items()}
+
+
+def _hand_out(client: Any, board: _Board, capacity: dict[str, int], call: Callable[[Path], dict[str, Any]]) -> None:
+    busy = Counter(address for _, address in board.running.values())
+    for address, threads in capacity.items():
+        for _ in range(threads - busy[address]):
+            if not board.waiting:
+                return
+            path = board.waiting.popleft()
+            future = client.submit(call, path, workers=[address], allow_other_workers=False, pure=False, retries=0)
+            board.running[future] = path, address
+
+
+def _collect(board: _Board) -> Iterator[Finished]:
+    for future in [future for future in board.running if future.done()]:
+        path, _ = board.running.pop(future)
+        if future.status == "finished":
+            yield Finished(path, record=future.result())
+        elif future.status == "error":
+            error = future.exception()
+            if type(error).__name__ == "KilledWorker":
+                yield from _count_death(board, path)
+            else:
+                yield Finished(
+                    path, error=str(error) if isinstance(error, DaifError) else f"{type(error).__name__}: {error}"
+                )
+        else:  # lost with its worker or cancelled by the scheduler
+            yield from _count_death(board, path)
+
+
+def _bury(board: _Board, capacity: dict[str, int]) -> Iterator[Finished]:
+    """Take back the stacks of workers that are gone."""
+    for future, (path, address) in list(board.running.items()):
+        if address not in capacity and not future.done():
+            future.cancel(force=True)
+            del board.running[future]
+            yield from _count_death(board, path)
+
+
+def _count_death(board: _Board, path: Path) -> Iterator[Finished]:
+    board.deaths[path] += 1
+    if board.deaths[path] < MAX_DEATHS:
+        board.waiting.append(path)
+    else:
+        yield Finished(
+            path,
+            error=f"{path} was set aside: its worker died {MAX_DEATHS} times while working on it "
+            "(out of memory, or a damaged file); try it alone with --workers 1",
+        )
