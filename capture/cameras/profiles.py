@@ -1,8 +1,8 @@
 """What differs between camera brands, as data: `CameraProfile`, read from `configs/cameras/*.yaml`.
 
 A user adds a body without code by putting a file into `~/.config/daif/cameras/` (`daif cameras --probe` writes one).
-Sources of the shipped profiles: libgphoto2 2.5.34's drivers and the reports listed in notes/capture.md 2.1. None was tried
-on a real body by us.
+Sources of the shipped profiles: libgphoto2 2.5.34's drivers and the reports listed in notes/capture.md 2.1. None was
+tried on a real body by us.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class FocusDrive(BaseModel):
 
     Attributes:
         widget: name of the setting.
-        method: "choices" sends one of the listed words per step; "amount" sends a signed number of motor units; "absolute"
-            sends a position and reads it back.
+        method: "choices" sends one of the listed words per step; "amount" sends a signed number of motor units;
+            "absolute" sends a position and reads it back.
         fine_near, fine_far: "choices": one step towards near and far; the first name that the body offers is taken.
         coarse_near, coarse_far: "choices": a large move, used for homing only: large and small moves are not multiples
             of each other on any body (notes/capture.md 2.1, 4).
