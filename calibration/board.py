@@ -73,7 +73,7 @@ class Board(BaseModel):
     def corners_m(self) -> NDArray[np.float64]:
         """The (N, 3) inner corners in metres, z = 0, in the order of their ChArUco ids."""
         x, y = np.meshgrid(np.arange(1, self.columns), np.arange(1, self.rows))
-        return np.stack([x.ravel(), y.ravel(), np.zeros(x.size)], axis=1) * self.square_m
+        return np.stack([x.ravel(), y.ravel(), np.zeros(x.size)], axis=1).astype(np.float64) * self.square_m
 
 
 class BoardView(NamedTuple):

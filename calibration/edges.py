@@ -1,0 +1,477 @@
+"""Blur of every patch of the board in every frame, with its uncertainty, by fitting the known board blurred by discs.
+
+No edge widths: an erf fitted to disc blur reads 4 to 10 % too much, and never by the same factor
+(notes/calibration.md 4.2). Instead the board is drawn sharp at the geometry of each frame, blurred by discs in the
+Fourier domain, and compared with the frame in a window around every chessboard corner; gain, offset and a small
+shift of each window come out of the same linear solve, so uneven light and breathing cost nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import scipy.fft
+from numpy.typing import NDArray
+from scipy.special import j1
+
+from calibration.board import Board, BoardView, Painter, find_board, other_pattern_that_fits
+from capture.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+MIN_CORNERS = 8
+WINDOW_SQUARES = 0.55  # half-width of a window around a corner
+MAX_BLUR_SQUARES = 0.9  # beyond, the window holds the blur of the paper around the board
+LEVEL_RATIO = 1.1  # between the discs of the bank: blur in between is interpolated in squared diameter
+MAX_GEOMETRY_PX = 0.3  # a template that sits worse is drawn again
+
+
+class CalibrationError(DataError):
+    """A calibration that cannot be trusted; `code` is one of notes/calibration.md 5.4."""
+
+    def __init__(self, code: str, sentence: str) -> None:
+        super().__init__(f"{sentence} [{code}]")
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Frames of a board that does not move, linear grey, at increasing focus positions."""
+
+    name: str
+    images: NDArray[np.float32]  # (S, H, W), 0 to 1
+    positions: NDArray[np.float64]  # (S,)
+    board: Board
+
+
+class Similarity(NamedTuple):
+    """Frame geometry relative to the sweep's reference frame: x -> scale * x + shift, x from the image centre."""
+
+    scale: float
+    shift_x_px: float
+    shift_y_px: float
+
+    def matrix(self, shape: tuple[int, int]) -> NDArray[np.float64]:
+        center_x, center_y = (shape[1] - 1) / 2, (shape[0] - 1) / 2
+        return np.array(
+            [
+                [self.scale, 0, self.shift_x_px + center_x * (1 - self.scale)],
+                [0, self.scale, self.shift_y_px + center_y * (1 - self.scale)],
+                [0, 0, 1.0],
+            ]
+        )
+
+
+class Found(NamedTuple):
+    """Where the board is in one sweep: the views of all frames, and the frame that sees it sharpest."""
+
+    views: list[BoardView]
+    reference: int
+
+
+class PatchBlur(NamedTuple):
+    """Blur observations of one sweep; every array has one entry per (frame, corner)."""
+
+    frame: NDArray[np.int64]
+    corner: NDArray[np.int64]
+    coc2_px2: NDArray[np.float64]  # squared CoC diameter, which may come out negative near focus
+    std_px2: NDArray[np.float64]
+    corner_px: NDArray[np.float64]  # (n, 2) where the corner really is in that frame
+    geometry: list[Similarity | None]  # per frame; None where the board was lost
+    n_dropped: int  # patches blurred beyond MAX_BLUR_SQUARES
+
+    def of_frames(self, keep: NDArray[np.bool_]) -> PatchBlur:
+        """The observations selected by `keep` (n,)."""
+        return self._replace(
+            frame=self.frame[keep],
+            corner=self.corner[keep],
+            coc2_px2=self.coc2_px2[keep],
+            std_px2=self.std_px2[keep],
+            corner_px=self.corner_px[keep],
+        )
+
+
+def locate(sweep: Sweep) -> Found:
+    """The board in every frame that is sharp enough; `CalibrationError` when no frame shows it."""
+    views = [find_board(image, sweep.board) for image in sweep.images]
+    sharpness = np.array([_sharpness(image) for image in sweep.images])
+    counts = np.array([len(view.ids) for view in views])
+    if counts.max() < MIN_CORNERS:
+        sharpest = int(np.argmax(sharpness))
+        other = other_pattern_that_fits(sweep.images[sharpest], sweep.board)
+        if other is not None:
+            raise CalibrationError(
+                "LEGACY_PATTERN",
+                f"{sweep.name}: the board is not {sweep.board.columns} x {sweep.board.rows} squares but "
+                f"{other.columns} x {other.rows}{' (pattern of OpenCV before 4.6)' if other.legacy_pattern else ''}; "
+                "correct the board description",
+            )
+        closest = int(np.argmax([view.n_markers for view in views])) if any(v.n_markers for v in views) else sharpest
+        raise CalibrationError(
+            "NO_BOARD",
+            f"{sweep.name}: no frame shows the board; closest is frame {closest} with {views[closest].n_markers} of "
+            f"{sweep.board.columns * sweep.board.rows // 2} markers and {counts[closest]} corners; the sweep must "
+            "focus on the board at some frame, and its squares must be larger than the blur there",
+        )
+    usable = counts >= max(MIN_CORNERS, 0.8 * counts.max())
+    return Found(views, int(np.argmax(np.where(usable, sharpness, -1.0))))
+
+
+def measure(
+    sweep: Sweep,
+    found: Found,
+    camera: NDArray[np.float64],
+    distortion: Sequence[float] = (),
+    *,
+    floor_sigma_px: float = 0.0,
+    previous: PatchBlur | None = None,
+) -> PatchBlur:
+    """Blur of all patches of `sweep`, tracking the board outwards from its sharpest frame.
+
+    Args:
+        camera: 3 x 3 camera matrix, needed only to undo `distortion`.
+        floor_sigma_px: Gaussian blur that every frame has even in focus, convolved with the discs.
+        previous: an earlier measurement of the same sweep, to start from.
+    """
+    shape = sweep.images.shape[1:]
+    bend = _bend(camera, distortion, shape)
+    view = found.views[found.reference]
+    points = _straight(view.corners_px, camera, distortion)
+    corners_m = sweep.board.corners_m()[:, :2]
+    homography = cv2.findHomography(corners_m[view.ids], points, cv2.RANSAC, 1.0)[0]
+    tracker = _Tracker(sweep, Painter(sweep.board), homography, bend, floor_sigma_px)
+
+    n_frames = len(sweep.images)
+    fitted: list[_FrameFit | None] = [None] * n_frames
+    start = Similarity(1.0, 0.0, 0.0)
+    for step in (1, -1):
+        known: list[tuple[float, Similarity]] = []
+        for frame in range(found.reference, n_frames if step > 0 else -1, step):
+            if frame == found.reference and fitted[frame] is not None:
+                guess = start
+            elif previous is not None and previous.geometry[frame] is not None:
+                guess = previous.geometry[frame] or start
+            else:
+                guess = _extrapolate(known, sweep.positions[frame]) or start
+            if fitted[frame] is None:
+                fitted[frame] = tracker.fit(frame, guess)
+            result = fitted[frame]
+            if result is not None:
+                known.append((float(sweep.positions[frame]), result.geometry))
+    return _collect(fitted)
+
+
+class _FrameFit(NamedTuple):
+    corner: NDArray[np.int64]
+    coc2_px2: NDArray[np.float64]
+    std_px2: NDArray[np.float64]
+    corner_px: NDArray[np.float64]
+    geometry: Similarity
+    n_dropped: int
+
+
+class _Tracker:
+    """Fits frames of one sweep at a guessed geometry and returns the geometry that the windows agree on."""
+
+    def __init__(
+        self,
+        sweep: Sweep,
+        painter: Painter,
+        homography: NDArray[np.float64],
+        bend: NDArray[np.float32] | None,
+        floor_sigma_px: float,
+    ) -> None:
+        self.sweep, self.painter, self.homography, self.bend = sweep, painter, homography, bend
+        self.floor_sigma_px = floor_sigma_px
+        self.shape = (int(sweep.images.shape[1]), int(sweep.images.shape[2]))
+
+    def fit(self, frame: int, guess: Similarity) -> _FrameFit | None:
+        """Blur of all windows of `frame`; None when the board does not look like the template at all."""
+        result = None
+        for _ in range(3):
+            to_px = guess.matrix(self.shape) @ self.homography
+            result, moved_px, guess = self._fit_once(frame, guess, to_px)
+            if result is None or moved_px < MAX_GEOMETRY_PX:
+                break
+        return result
+
+    def _fit_once(
+        self, frame: int, guess: Similarity, to_px: NDArray[np.float64]
+    ) -> tuple[_FrameFit | None, float, Similarity]:
+        board = self.sweep.board
+        ideal = cv2.perspectiveTransform(board.corners_m()[None, :, :2], to_px)[0]
+        corners = ideal if self.bend is None else _bent(ideal, self.bend)
+        square_px = _square_px(to_px, board)
+        # the box of a window holds the square around the corner also when the board is rolled
+        jacobian = _corner_jacobians(to_px, board) * board.square_m
+        half = WINDOW_SQUARES * np.abs(jacobian).max(axis=2)
+        largest = MAX_BLUR_SQUARES * float(square_px.max())
+        pad = 0.5 * largest + 4
+        low = np.floor(np.maximum((corners - half).min(axis=0) - pad, 0)).astype(int)
+        high = np.ceil(np.minimum((corners + half).max(axis=0) + pad, np.array(self.shape[::-1]) - 1)).astype(int) + 1
+        inside = np.all((corners - half >= 1) & (corners + half <= np.array(self.shape[::-1]) - 2), axis=1)
+        if inside.sum() < MIN_CORNERS // 2:
+            return None, 0.0, guess
+        crop = (slice(low[1], high[1]), slice(low[0], high[0]))
+        crop_shape = (high[1] - low[1], high[0] - low[0])
+        offset = np.array([[1, 0, -low[0]], [0, 1, -low[1]], [0, 0, 1.0]])
+        bend = None if self.bend is None else self.bend[crop] - low.astype(np.float32)
+        bank = _DiscBank(self.painter.paint(offset @ to_px, crop_shape, bend), self.floor_sigma_px)
+        image = self.sweep.images[frame][crop]
+        which = np.flatnonzero(inside)
+        boxes = [
+            (
+                slice(int(corners[j, 1] - half[j, 1]) - low[1], int(corners[j, 1] + half[j, 1]) - low[1] + 1),
+                slice(int(corners[j, 0] - half[j, 0]) - low[0], int(corners[j, 0] + half[j, 0]) - low[0] + 1),
+            )
+            for j in which
+        ]
+        patches = [_Patch(image[box]) for box in boxes]
+
+        coarse = _levels(0.0, largest, 1.45)
+        costs = np.array([[p.cost(t[box]) for p, box in zip(patches, boxes, strict=True)] for t in map(bank, coarse)])
+        best = costs.argmin(axis=0)
+        if np.median(costs.min(axis=0)) > 0.5:
+            return None, 0.0, guess
+        around = (coarse[max(int(best.min()) - 1, 0)], coarse[min(int(best.max()) + 1, len(coarse) - 1)])
+        levels = _levels(*around, LEVEL_RATIO)
+        blurred = [bank(level) for level in levels]
+        fits = []
+        for n, (patch, box) in enumerate(zip(patches, boxes, strict=True)):
+            near = (coarse[max(best[n] - 1, 0)], coarse[min(best[n] + 1, len(coarse) - 1)])
+            pairs = [k for k in range(len(levels) - 1) if levels[k + 1] > near[0] and levels[k] < near[1]]
+            fits.append(
+                patch.fit(
+                    [levels[k] for k in (*pairs, pairs[-1] + 1)], [blurred[k][box] for k in (*pairs, pairs[-1] + 1)]
+                )
+            )
+        coc2, std2, shift = (np.array([getattr(fit, name) for fit in fits]) for name in ("coc2", "std2", "shift"))
+        good = np.isfinite(std2) & (coc2 < (MAX_BLUR_SQUARES * square_px[which]) ** 2)
+        if good.sum() < MIN_CORNERS // 2:
+            return None, 0.0, guess
+        moved, geometry = _regress(corners[which][good], shift[good], guess, self.shape)
+        return (
+            _FrameFit(
+                which[good], coc2[good], std2[good], (corners[which] + shift)[good], geometry, int((~good).sum())
+            ),
+            moved,
+            geometry,
+        )
+
+
+class _PatchFit(NamedTuple):
+    coc2: float
+    std2: float
+    shift: NDArray[np.float64]
+
+
+class _Patch:
+    """One window of a frame, and its least-squares comparison with windows of the template."""
+
+    def __init__(self, image: NDArray[np.float32]) -> None:
+        self.shape = image.shape
+        self.pixels = image.astype(np.float64).ravel()
+        self.pixels -= self.pixels.mean()
+        self.energy = float(self.pixels @ self.pixels) + 1e-12
+
+    def cost(self, template: NDArray[np.float32]) -> float:
+        """Unexplained share of the window's variance for the best gain and offset."""
+        centered = template.ravel() - template.mean()
+        return 1.0 - float(max(centered @ self.pixels, 0.0)) ** 2 / (float(centered @ centered) + 1e-12) / self.energy
+
+    def fit(self, levels: Sequence[float], templates: Sequence[NDArray[np.float32]]) -> _PatchFit:
+        """Squared diameter, its standard error and the window's shift, from the pair of levels that fits best.
+
+        Between two levels the template is linear in c^2, so gain, offset, shift and c^2 are one linear solve.
+        """
+        best_cost, best = np.inf, _PatchFit(np.nan, np.nan, np.zeros(2))
+        for k in range(len(levels) - 1):
+            low, high = templates[k].astype(np.float64), templates[k + 1].astype(np.float64)
+            middle = 0.5 * (low + high)
+            slope_y, slope_x = np.gradient(middle)
+            columns = np.stack([low.ravel(), (high - low).ravel(), slope_x.ravel(), slope_y.ravel()])
+            columns -= columns.mean(axis=1, keepdims=True)
+            normal = columns @ columns.T
+            try:
+                inverse = np.linalg.inv(normal + np.diag(np.diag(normal)) * 1e-12)
+            except np.linalg.LinAlgError:
+                continue
+            gain, mix, right, down = inverse @ (columns @ self.pixels)
+            if gain <= 0:
+                continue
+            t = mix / gain
+            # outside the pair the interpolation is extrapolation: another pair, if there is one, knows better
+            miss = max(-t if k > 0 else 0.0, t - 1.0 if k < len(levels) - 2 else 0.0, 0.0)
+            residual = self.pixels - np.array([gain, mix, right, down]) @ columns
+            variance = float(residual @ residual) / max(self.pixels.size - 5, 1)
+            cost = float(residual @ residual) * (1.0 + 10.0 * miss)
+            if cost < best_cost:
+                span = levels[k + 1] ** 2 - levels[k] ** 2
+                std_t = np.sqrt(variance * max(inverse[1, 1] - 2 * t * inverse[0, 1] + t * t * inverse[0, 0], 0)) / gain
+                best_cost = cost
+                best = _PatchFit(
+                    float(levels[k] ** 2 + np.clip(t, -1.0, 2.0) * span),
+                    float(std_t * span),
+                    np.array([-right / gain, -down / gain]),
+                )
+        return best
+
+
+class _DiscBank:
+    """A template blurred by uniform discs of any diameter, exactly (in the Fourier domain), on white paper."""
+
+    def __init__(self, sharp: NDArray[np.float32], floor_sigma_px: float) -> None:
+        self.shape = sharp.shape
+        padded = [scipy.fft.next_fast_len(n, real=True) for n in sharp.shape]
+        full = np.ones(padded, np.float32)
+        full[: sharp.shape[0], : sharp.shape[1]] = sharp
+        self._padded = padded
+        self._spectrum = scipy.fft.rfft2(full)
+        fy, fx = scipy.fft.fftfreq(padded[0])[:, None], scipy.fft.rfftfreq(padded[1])[None, :]
+        self._frequency = np.sqrt(fx * fx + fy * fy).astype(np.float32)
+        if floor_sigma_px > 0:
+            self._spectrum *= np.exp(-2.0 * (np.pi * floor_sigma_px * self._frequency) ** 2)
+        self._argument = np.linspace(0.0, 1.0, 8192)
+
+    def __call__(self, coc_px: float) -> NDArray[np.float32]:
+        if coc_px <= 0:
+            spectrum = self._spectrum
+        else:
+            top = float(self._frequency.max())
+            z = np.pi * coc_px * top * self._argument[1:]
+            table = np.concatenate([[1.0], 2.0 * j1(z) / z]).astype(np.float32)
+            index = self._frequency * np.float32((len(table) - 1) / top)
+            floor = np.minimum(index.astype(np.int32), len(table) - 2)
+            weight = index - floor
+            spectrum = self._spectrum * (table[floor] * (1 - weight) + table[floor + 1] * weight)
+        return scipy.fft.irfft2(spectrum, s=self._padded)[: self.shape[0], : self.shape[1]]
+
+
+def _levels(low: float, high: float, ratio: float) -> list[float]:
+    """Disc diameters from `low` to `high`: 0, then 1 px, then growing by `ratio` or 0.5 px, whichever is more."""
+    levels = [max(low, 0.0)]
+    while levels[-1] < high - 1e-9:
+        levels.append(min(max(levels[-1] * ratio, levels[-1] + 0.5, 1.0), high))
+    return levels if len(levels) > 1 else [levels[0], levels[0] + 0.5]
+
+
+def _sharpness(image: NDArray[np.float32]) -> float:
+    gradient = np.hypot(np.diff(image[:-1], axis=1), np.diff(image[:, :-1], axis=0))
+    return float(np.mean(gradient**2) / max(float(image.mean()) ** 2, 1e-9))
+
+
+def _extrapolate(known: list[tuple[float, Similarity]], position: float) -> Similarity | None:
+    """Geometry at `position` from the last fitted frames of the same direction (linear once there are three)."""
+    if not known:
+        return None
+    if len(known) < 3:
+        return known[-1][1]
+    at = np.array([p for p, _ in known[-4:]])
+    values = np.array([g for _, g in known[-4:]])
+    slope, level = np.polyfit(at - position, values, 1)
+    del slope
+    return Similarity(*(float(v) for v in level))
+
+
+def _regress(
+    corners: NDArray[np.float64], shift: NDArray[np.float64], guess: Similarity, shape: tuple[int, int]
+) -> tuple[float, Similarity]:
+    """(how far the windows moved in px, the similarity that they agree on), by robust least squares."""
+    center = np.array([(shape[1] - 1) / 2, (shape[0] - 1) / 2])
+    relative = corners - center
+    weights = np.ones(len(corners))
+    solution = np.zeros(3)
+    for _ in range(5):
+        rows_x = np.column_stack([relative[:, 0], np.ones(len(corners)), np.zeros(len(corners))])
+        rows_y = np.column_stack([relative[:, 1], np.zeros(len(corners)), np.ones(len(corners))])
+        design = np.vstack([rows_x, rows_y]) * np.tile(weights, 2)[:, None]
+        solution = np.linalg.lstsq(
+            design, np.concatenate([shift[:, 0], shift[:, 1]]) * np.tile(weights, 2), rcond=None
+        )[0]
+        left = shift - (solution[0] * relative + solution[1:])
+        error = np.hypot(left[:, 0], left[:, 1])
+        weights = 1.0 / np.sqrt(1.0 + (error / max(2.0 * float(np.median(error)), 1e-3)) ** 2)
+    zoom = 1.0 + solution[0]
+    moved = float(np.sqrt(np.mean((solution[0] * relative + solution[1:]) ** 2)))
+    return moved, Similarity(
+        guess.scale * zoom, guess.shift_x_px * zoom + solution[1], guess.shift_y_px * zoom + solution[2]
+    )
+
+
+def _corner_jacobians(to_px: NDArray[np.float64], board: Board) -> NDArray[np.float64]:
+    """(N, 2, 2) derivative of pixel position by board position (px/m) at the corners."""
+    points = board.corners_m()[:, :2]
+    homogeneous = np.column_stack([points, np.ones(len(points))]) @ to_px.T
+    w = homogeneous[:, 2]
+    xy = homogeneous[:, :2] / w[:, None]
+    return (to_px[None, :2, :2] - xy[:, :, None] * to_px[None, 2, None, :2]) / w[:, None, None]
+
+
+def _square_px(to_px: NDArray[np.float64], board: Board) -> NDArray[np.float64]:
+    """(N,) side of a square at each corner, the shorter of its two directions."""
+    return np.linalg.norm(_corner_jacobians(to_px, board), axis=1).min(axis=1) * board.square_m
+
+
+def _bend(
+    camera: NDArray[np.float64], distortion: Sequence[float], shape: tuple[int, ...]
+) -> NDArray[np.float32] | None:
+    """(H, W, 2) where every pixel would lie without distortion; None when there is none."""
+    if not any(distortion):
+        return None
+    y, x = np.mgrid[: shape[0], : shape[1]].astype(np.float64)
+    straight = _straight(np.stack([x.ravel(), y.ravel()], axis=1), camera, distortion)
+    return straight.reshape(shape[0], shape[1], 2).astype(np.float32)
+
+
+def _straight(
+    points: NDArray[np.float64], camera: NDArray[np.float64], distortion: Sequence[float]
+) -> NDArray[np.float64]:
+    """Pixel positions (N, 2) without lens distortion."""
+    if not any(distortion):
+        return points
+    out = cv2.undistortPoints(points.reshape(-1, 1, 2), camera, np.asarray(distortion, np.float64), P=camera)
+    return np.asarray(out, np.float64).reshape(-1, 2)
+
+
+def _bent(ideal: NDArray[np.float64], bend: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Inverse of `bend` at a few points, by fixed-point iteration."""
+    points = ideal.copy()
+    limit = np.array(bend.shape[1::-1]) - 1.0
+    for _ in range(8):
+        at = np.clip(points, 0, limit)
+        here = cv2.remap(bend, at.astype(np.float32)[None], None, cv2.INTER_LINEAR)[0]
+        points = points + (ideal - here)
+    return points
+
+
+def _collect(fitted: list[_FrameFit | None]) -> PatchBlur:
+    frames = [i for i, fit in enumerate(fitted) if fit is not None]
+    fits = [fit for fit in fitted if fit is not None]
+    return PatchBlur(
+        frame=np.concatenate([np.full(len(fit.corner), i) for i, fit in zip(frames, fits, strict=True)]),
+        corner=np.concatenate([fit.corner for fit in fits]),
+        coc2_px2=np.concatenate([fit.coc2_px2 for fit in fits]),
+        std_px2=np.concatenate([fit.std_px2 for fit in fits]),
+        corner_px=np.concatenate([fit.corner_px for fit in fits]),
+        geometry=[None if fit is None else fit.geometry for fit in fitted],
+        n_dropped=sum(fit.n_dropped for fit in fits),
+    )
+
+
+def pose_of(
+    sweep: Sweep, blur: PatchBlur, reference: int, camera: NDArray[np.float64], distortion: Sequence[float]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Rotation (3, 3) and translation (3,) in metres of the board, from the corners of the reference frame."""
+    here = blur.frame == reference
+    points = sweep.board.corners_m()[blur.corner[here]]
+    coefficients = np.asarray(distortion, np.float64) if any(distortion) else None
+    _, rotation, translation = cv2.solvePnP(points, blur.corner_px[here], camera, coefficients)
+    rotation, translation = cv2.solvePnPRefineLM(
+        points, blur.corner_px[here], camera, coefficients, rotation, translation
+    )
+    return np.asarray(cv2.Rodrigues(rotation)[0]), np.asarray(translation).reshape(3)

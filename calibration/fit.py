@@ -1,0 +1,432 @@
+"""Blur of many patches to pupil diameter, focus map and blur floor, each with its standard error.
+
+Model of the squared CoC diameter of patch j in frame i of sweep k (notes/calibration.md 1.1 and 4.4):
+
+    c^2 = (A F_i (D_kj (1 + e_k) - phi(u_i) - delta_ki))^2 + c0^2
+
+A pupil diameter, F_i pinhole focal length in px, D inverse depth, phi a polynomial in motor position u, e_k the error
+of a pose, delta_ki a random focus error per frame. Without delta the covariance claims far too much: patches of one
+frame share the motor's error. Its spread tau is estimated, and is the motor's repeatability.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import least_squares
+from scipy.stats import t as student_t
+
+from calibration.edges import CalibrationError
+
+logger = logging.getLogger(__name__)
+
+POSE_STD = 2e-4  # relative error of a PnP distance with the right focal length (notes 4.4: 0.00 to 0.013 %)
+BLUR_STD_PX, BLUR_STD_RATIO = 0.03, 0.002  # what the template does not explain, common to no two patches
+MAX_DEGREE = 4
+SMALL_BLUR_PX = 5.0  # stage 2 leaves out what is smaller: there the floor's shape counts, not only its size
+FLOOR_SHAPE_PX2 = 0.3  # error of c^2 there when the bank already has a floor of the right size
+OUTLIER_SIGMAS = 5.0
+MIN_DEPTH_SHARE = 0.05  # of the sweep's dioptre range, between the nearest and the farthest patch
+TAU_FLOOR = 1e-4  # of the dioptre range: no motor is believed to be better
+FLOOR_TO_SIGMA = 1 / 3.6  # disc-fit diameter of a Gaussian floor (notes 4.4: c0 = 3.6 sigma)
+
+FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Observations:
+    """Patches of all sweeps; every array has one entry per patch and frame."""
+
+    sweep: NDArray[np.int64]
+    frame: NDArray[np.int64]  # within its sweep
+    position: FloatArray  # of the focus motor
+    inverse_depth_dpt: FloatArray
+    focal_px: FloatArray  # pinhole focal length in that frame
+    coc2_px2: FloatArray
+    std_px2: FloatArray
+    radius2: FloatArray  # squared distance from the image centre, 1 in the corner
+
+    def __len__(self) -> int:
+        return len(self.frame)
+
+    def take(self, keep: NDArray[Any]) -> Observations:
+        """The observations selected by a mask or by indices."""
+        return Observations(**{name: values[keep] for name, values in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class FocusLaw:
+    """phi(u): Chebyshev polynomial in the position scaled to [-1, 1] over `low` to `high`."""
+
+    low: float
+    high: float
+    coefficients: FloatArray
+
+    def design(self, position: Any) -> FloatArray:
+        """(n, degree + 1) values of the basis, so that phi = design @ coefficients."""
+        unit = (2.0 * np.asarray(position, np.float64) - self.low - self.high) / (self.high - self.low)
+        return np.asarray(np.polynomial.chebyshev.chebvander(unit, len(self.coefficients) - 1), np.float64)
+
+    def __call__(self, position: Any) -> FloatArray:
+        return self.design(position) @ self.coefficients
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Result of `fit_blur`; standard errors are scaled so that value +- 1.96 std covers 95 %."""
+
+    pupil_m: float
+    pupil_std_m: float
+    law: FocusLaw
+    law_covariance: FloatArray
+    floor2_px2: float  # c0^2 of the measured diameters; negative when the bank's floor was too large
+    floor2_std_px2: float
+    tau_dpt: float
+    frame_error_dpt: dict[tuple[int, int], float]  # delta of (sweep, frame)
+    outlier_frames: list[tuple[int, int]]
+    residual: FloatArray  # standardised, per observation used
+    used: NDArray[np.bool_]  # of the observations given
+    converged: bool
+    pupil_focus_correlation: float
+    pose_error: FloatArray = field(default_factory=lambda: np.zeros(0))
+
+    def focus_std_dpt(self, position: Any) -> FloatArray:
+        """Standard error of phi at `position`."""
+        design = self.law.design(position)
+        return np.sqrt(np.maximum(np.einsum("ij,jk,ik->i", design, self.law_covariance, design), 0.0))
+
+    def signed_coc_px(self, seen: Observations) -> FloatArray:
+        """CoC diameter that the fit predicts, positive behind the plane of focus, without the floor."""
+        return self.pupil_m * seen.focal_px * (self.law(seen.position) - seen.inverse_depth_dpt)
+
+
+def fit_blur(seen: Observations) -> Fit:
+    """Two-stage robust fit of `seen`; `CalibrationError` names what makes it impossible.
+
+    Stage 1 takes every patch; stage 2, started from it, only those whose predicted blur exceeds 5 px (or a third
+    of the largest), because near focus the shape of the floor is mistaken for size.
+    """
+    _check_bracketed(seen)
+    start = _linear_start(seen)
+    degree = _choose_degree(seen, start)
+    first = _fit_hierarchical(seen, start, degree)
+    predicted = np.abs(first.signed_coc_px(seen))
+    cut = min(SMALL_BLUR_PX, float(predicted.max()) / 3)
+    # sharp patches stay in as the floor's anchor, with the uncertainty of its shape
+    blunt = np.where(predicted < cut, FLOOR_SHAPE_PX2 + 0.5 * abs(first.floor2_px2), 0.0)
+    second = _fit_hierarchical(seen, first, degree, extra_std_px2=blunt)
+    gap = abs(second.pupil_m - first.pupil_m) / max(float(np.hypot(first.pupil_std_m, second.pupil_std_m)), 1e-12)
+    if gap > 3.0 and abs(second.pupil_m / first.pupil_m - 1.0) > 0.1:
+        raise CalibrationError(
+            "NOT_CONVERGED",
+            f"small and large blur disagree about the aperture ({first.pupil_m * 1e3:.2f} and "
+            f"{second.pupil_m * 1e3:.2f} mm); the images are probably sharpened or not linear: capture RAW, or switch "
+            "sharpening off",
+        )
+    _check_result(second, seen)
+    return second
+
+
+@dataclass(frozen=True)
+class _Start:
+    pupil_m: float
+    law: FocusLaw
+    floor2_px2: float
+
+
+def _groups(seen: Observations) -> tuple[NDArray[np.int64], list[tuple[int, int]]]:
+    """Index of the (sweep, frame) of each observation, and the list of these pairs."""
+    keys = seen.sweep.astype(np.int64) * 100_000 + seen.frame
+    unique, index = np.unique(keys, return_inverse=True)
+    return index.astype(np.int64), [(int(key // 100_000), int(key % 100_000)) for key in unique]
+
+
+def _linear_start(seen: Observations) -> _Start:
+    """Closed-form start: with the side of focus known from the V's minimum, signed blur is linear in A and A phi."""
+    signed, rows, focal = [], [], []
+    low, high = float(seen.position.min()), float(seen.position.max())
+    for sweep in np.unique(seen.sweep):
+        here = seen.sweep == sweep
+        # patches of one depth share a V: bins of inverse depth stand in for corners
+        depth = seen.inverse_depth_dpt[here]
+        bins = np.floor((depth - depth.min()) / max(np.ptp(depth) / 6, 1e-3 * abs(float(depth.mean())))).astype(int)
+        for label in np.unique(bins):
+            index = np.flatnonzero(here)[bins == label]
+            positions = np.unique(seen.position[index])
+            level = np.array([np.median(seen.coc2_px2[index][seen.position[index] == p]) for p in positions])
+            lowest = int(np.argmin(level))
+            for at, coc2 in zip(positions, level, strict=True):
+                if at == positions[lowest] or coc2 <= 0:
+                    continue
+                match = index[seen.position[index] == at]
+                signed.append(np.sign(at - positions[lowest]) * np.sqrt(max(coc2 - level[lowest], 0.0)))
+                focal.append(float(seen.focal_px[match].mean()))
+                rows.append((at, float(seen.inverse_depth_dpt[match].mean())))
+    law = FocusLaw(low, high, np.zeros(3 if len(rows) >= 8 else 2))
+    table = np.array(rows)
+    # c / F = B(u) - A D, B = A phi
+    design = np.column_stack([law.design(table[:, 0]), -table[:, 1]])
+    target, weight = np.array(signed) / np.array(focal), np.ones(len(rows))
+    for _ in range(10):
+        solution = np.linalg.lstsq(design * weight[:, None], target * weight, rcond=None)[0]
+        left = np.abs(target - design @ solution)
+        weight = 1.0 / np.sqrt(1.0 + (left / max(2.0 * float(np.median(left)), 1e-12)) ** 2)
+    pupil = float(solution[-1])
+    # a motor that focuses farther with rising position turns every sign around
+    coefficients = solution[:-1] / (pupil if pupil else 1e-12)
+    floor2 = float(np.clip(np.percentile(seen.coc2_px2, 2), 0.0, 25.0))
+    return _Start(max(abs(pupil), 1e-6), FocusLaw(low, high, coefficients), floor2)
+
+
+def _choose_degree(seen: Observations, start: _Start) -> int:
+    """Polynomial degree of the focus law by BIC over the (sweep, frame) focus errors that it leaves."""
+    best, best_score = 1, np.inf
+    index, groups = _groups(seen)
+    n_positions = len(np.unique(seen.position))
+    for degree in range(1, min(MAX_DEGREE, n_positions - 2) + 1):
+        fit = _solve(seen, _with_degree(start, degree), tau=0.1 * _span(seen, start), index=index, n_groups=len(groups))
+        errors = fit.delta
+        spread = max(float(np.mean(errors**2)), (TAU_FLOOR * _span(seen, start)) ** 2)
+        score = len(groups) * np.log(spread) + (degree + 1) * np.log(len(groups)) * 2
+        if score < best_score - 2.0:
+            best, best_score = degree, score
+    return best
+
+
+def _with_degree(start: _Start, degree: int) -> _Start:
+    coefficients = np.zeros(degree + 1)
+    shared = min(degree + 1, len(start.law.coefficients))
+    coefficients[:shared] = start.law.coefficients[:shared]
+    return _Start(start.pupil_m, FocusLaw(start.law.low, start.law.high, coefficients), start.floor2_px2)
+
+
+def _span(seen: Observations, start: _Start) -> float:
+    ends = start.law(np.array([start.law.low, start.law.high]))
+    return max(float(abs(ends[1] - ends[0])), 1e-3)
+
+
+@dataclass(frozen=True)
+class _Solution:
+    pupil_m: float
+    law: FocusLaw
+    floor2_px2: float
+    pose: FloatArray
+    delta: FloatArray
+    residual: FloatArray
+    covariance: FloatArray  # of (log A, law coefficients, floor2)
+    converged: bool
+
+
+def _solve(
+    seen: Observations,
+    start: _Start,
+    *,
+    tau: float | FloatArray,
+    index: NDArray[np.int64],
+    n_groups: int,
+    extra_std_px2: FloatArray | float = 0.0,
+    weight: FloatArray | None = None,
+) -> _Solution:
+    """Robust least squares for given tau (scalar or one per (sweep, frame)), with an analytic Jacobian."""
+    n_law = len(start.law.coefficients)
+    basis = start.law.design(seen.position)
+    sweeps, sweep_index = np.unique(seen.sweep, return_inverse=True)
+    n_sweeps = len(sweeps)
+    tau_each = np.broadcast_to(np.asarray(tau, np.float64), (n_groups,))
+    coc = np.sqrt(np.maximum(seen.coc2_px2, 1.0))
+    model_std = 2.0 * coc * np.hypot(BLUR_STD_PX, BLUR_STD_RATIO * coc)
+    std = np.sqrt(seen.std_px2**2 + model_std**2 + np.square(extra_std_px2))
+    root = np.ones(len(seen)) if weight is None else np.sqrt(weight)
+    rows = np.arange(len(seen))
+    n_params = 1 + n_law + 1 + n_sweeps + n_groups
+    pose_at, delta_at = 2 + n_law, 2 + n_law + n_sweeps
+
+    def unpack(x: FloatArray) -> tuple[FloatArray, FloatArray]:
+        depth = seen.inverse_depth_dpt * (1.0 + POSE_STD * x[pose_at:delta_at][sweep_index])
+        defocus = basis @ x[1 : 1 + n_law] + tau_each[index] * x[delta_at:][index] - depth
+        return np.exp(x[0]) * seen.focal_px, defocus
+
+    def residuals(x: FloatArray) -> FloatArray:
+        gain, defocus = unpack(x)
+        data = (seen.coc2_px2 - (gain * defocus) ** 2 - x[1 + n_law]) / std
+        return np.concatenate([_soften(data) * root, x[pose_at:]])
+
+    def jacobian(x: FloatArray) -> FloatArray:
+        gain, defocus = unpack(x)
+        data = (seen.coc2_px2 - (gain * defocus) ** 2 - x[1 + n_law]) / std
+        scale = _soften_slope(data) * root / std
+        by_defocus = -2.0 * gain**2 * defocus * scale
+        out = np.zeros((len(seen) + n_sweeps + n_groups, n_params))
+        out[rows, 0] = by_defocus * defocus
+        out[: len(seen), 1 : 1 + n_law] = by_defocus[:, None] * basis
+        out[rows, 1 + n_law] = -scale
+        out[rows, pose_at + sweep_index] = -by_defocus * seen.inverse_depth_dpt * POSE_STD
+        out[rows, delta_at + index] = by_defocus * tau_each[index]
+        out[len(seen) + np.arange(n_sweeps + n_groups), pose_at + np.arange(n_sweeps + n_groups)] = 1.0
+        return out
+
+    x0 = np.zeros(n_params)
+    x0[0], x0[1 : 1 + n_law], x0[1 + n_law] = np.log(start.pupil_m), start.law.coefficients, start.floor2_px2
+    found = least_squares(residuals, x0, jac=jacobian, method="lm", ftol=1e-9, xtol=1e-7, max_nfev=300)
+    x = found.x
+    gain, defocus = unpack(x)
+    plain = (seen.coc2_px2 - (gain * defocus) ** 2 - x[1 + n_law]) / std
+    information = found.jac.T @ found.jac
+    covariance = np.linalg.pinv(information, hermitian=True)[: 2 + n_law, : 2 + n_law]
+    return _Solution(
+        pupil_m=float(np.exp(x[0])),
+        law=FocusLaw(start.law.low, start.law.high, x[1 : 1 + n_law]),
+        floor2_px2=float(x[1 + n_law]),
+        pose=x[pose_at:delta_at] * POSE_STD,
+        delta=x[delta_at:] * tau_each,
+        residual=plain,
+        covariance=covariance,
+        converged=bool(found.success),
+    )
+
+
+def _soften(z: FloatArray) -> FloatArray:
+    """Residual whose square is the soft-L1 loss (scipy's, with its scale at 2 sigma)."""
+    return np.sign(z) * np.sqrt(2.0 * 4.0 * (np.sqrt(1.0 + (z / 2.0) ** 2) - 1.0))
+
+
+def _soften_slope(z: FloatArray) -> FloatArray:
+    softened = np.abs(_soften(z))
+    return np.where(softened > 1e-6, np.abs(z) / np.sqrt(1.0 + (z / 2.0) ** 2) / np.maximum(softened, 1e-6), 1.0)
+
+
+def _fit_hierarchical(
+    seen: Observations, start: _Start | Fit, degree: int, extra_std_px2: FloatArray | float = 0.0
+) -> Fit:
+    """One fit with the motor's scatter tau estimated from the focus errors that a wide prior leaves."""
+    begin = _with_degree(
+        start if isinstance(start, _Start) else _Start(start.pupil_m, start.law, start.floor2_px2), degree
+    )
+    index, groups = _groups(seen)
+    span = _span(seen, begin)
+    wide = 0.1 * span
+    loose = _solve(seen, begin, tau=wide, index=index, n_groups=len(groups), extra_std_px2=extra_std_px2)
+    # only frames with blur tell their focus error: near the minimum of the V it is not seen
+    dof = max(len(groups) - degree - 2, 1)
+    spread = 1.4826 * float(np.median(np.abs(loose.delta))) * np.sqrt(len(groups) / dof)
+    tau = max(spread, TAU_FLOOR * span)
+    out = np.abs(loose.delta) > OUTLIER_SIGMAS * max(tau, 1e-3 * span)
+    clean = loose.delta[~out]
+    tau = max(float(np.sqrt(np.sum(clean**2) / max(len(clean) - degree - 2, 1))), TAU_FLOOR * span)
+    each = np.where(out, wide, tau)
+    solution = _solve(
+        seen,
+        _Start(loose.pupil_m, loose.law, loose.floor2_px2),
+        tau=each,
+        index=index,
+        n_groups=len(groups),
+        extra_std_px2=extra_std_px2,
+    )
+    factor = float(student_t.ppf(0.975, max(len(clean) - degree - 2, 1))) / 1.959964
+    covariance = solution.covariance * factor**2
+    n_law = degree + 1
+    middle = np.concatenate([[0.0], solution.law.design(np.array([0.5 * (begin.law.low + begin.law.high)]))[0], [0.0]])
+    middle_var = float(middle @ covariance @ middle)
+    correlation = float(covariance[0] @ middle / np.sqrt(max(covariance[0, 0] * middle_var, 1e-30)))
+    return Fit(
+        pupil_m=solution.pupil_m,
+        pupil_std_m=solution.pupil_m * float(np.sqrt(max(covariance[0, 0], 0.0))),
+        law=solution.law,
+        law_covariance=covariance[1 : 1 + n_law, 1 : 1 + n_law],
+        floor2_px2=solution.floor2_px2,
+        floor2_std_px2=float(np.sqrt(max(covariance[1 + n_law, 1 + n_law], 0.0))),
+        tau_dpt=tau,
+        frame_error_dpt={group: float(d) for group, d in zip(groups, solution.delta, strict=True)},
+        outlier_frames=[group for group, bad in zip(groups, out, strict=True) if bad],
+        residual=solution.residual,
+        used=np.ones(len(seen), bool),
+        converged=solution.converged,
+        pupil_focus_correlation=correlation,
+        pose_error=solution.pose,
+    )
+
+
+def bootstrap_std(
+    seen: Observations, fit: Fit, rounds: int = 50, seed: int = 0
+) -> tuple[float, FloatArray, FloatArray]:
+    """(std of A in m, positions, std of phi there in dpt) by drawing whole frames with replacement.
+
+    Whole frames, because patches of one frame share the motor's error.
+    """
+    rng = np.random.default_rng(seed)
+    index, groups = _groups(seen)
+    positions = np.unique(seen.position)
+    begin = _Start(fit.pupil_m, fit.law, fit.floor2_px2)
+    pupils, laws = [], []
+    for _ in range(rounds):
+        weight = np.bincount(rng.integers(0, len(groups), len(groups)), minlength=len(groups))[index]
+        solved = _solve(
+            seen.take(weight > 0),
+            begin,
+            tau=fit.tau_dpt,
+            index=index[weight > 0],
+            n_groups=len(groups),
+            weight=weight[weight > 0].astype(np.float64),
+        )
+        pupils.append(solved.pupil_m)
+        laws.append(solved.law(positions))
+    return float(np.std(pupils)), positions, np.std(laws, axis=0)
+
+
+def _check_bracketed(seen: Observations) -> None:
+    """`NO_BRACKET` when no sweep focuses on the board between its ends."""
+    one_sided = []
+    for sweep in np.unique(seen.sweep):
+        here = seen.sweep == sweep
+        frames = np.unique(seen.frame[here])
+        level = [np.median(seen.coc2_px2[here & (seen.frame == frame)]) for frame in frames]
+        if int(np.argmin(level)) in (0, len(frames) - 1):
+            one_sided.append(int(sweep))
+    if len(one_sided) == len(np.unique(seen.sweep)):
+        raise CalibrationError(
+            "NO_BRACKET",
+            "in every sweep the sharpest frame is the first or the last, so the blur is seen from one side of focus "
+            "only; sweep past the board on both sides, or move it",
+        )
+
+
+def _check_result(fit: Fit, seen: Observations) -> None:
+    """Refuse a fit that says nothing, in the words of notes/calibration.md 5.4."""
+    span = abs(float(np.ptp(fit.law(np.linspace(fit.law.low, fit.law.high, 200)))))
+    depths = float(np.ptp(seen.inverse_depth_dpt))
+    if depths < MIN_DEPTH_SHARE * span or fit.pupil_std_m > 0.05 * fit.pupil_m:
+        raise CalibrationError(
+            "ONE_DISTANCE",
+            f"the board was seen over {depths:.3f} dpt of a sweep of {span:.2f} dpt, which cannot tell a wide "
+            f"aperture from a far focus (aperture {fit.pupil_m * 1e3:.1f} +- {1.96 * fit.pupil_std_m * 1e3:.1f} mm); "
+            "add a sweep at another distance, or tilt the board by 45 to 60 degrees",
+        )
+    if not fit.converged or not np.isfinite(fit.pupil_std_m):
+        raise CalibrationError(
+            "NOT_CONVERGED",
+            "the fit did not converge; check that every sweep shows the same board with the same lens setting",
+        )
+    slope = np.diff(fit.law(np.linspace(fit.law.low, fit.law.high, 400)))
+    if not (np.all(slope > 0) or np.all(slope < 0)):
+        raise CalibrationError(
+            "NON_MONOTONE",
+            "the fitted focus turns back within the sweep, so steps were lost or the positions are not in order; "
+            "sweep again from one end stop in one direction",
+        )
+    positions = np.unique(seen.position)
+    step = float(np.median(np.abs(np.diff(fit.law(positions))))) if len(positions) > 1 else span
+    if fit.tau_dpt > max(0.5 * step, 0.02 if span > 0.2 else 0.1 * span) or len(fit.outlier_frames) > 0.3 * len(
+        fit.frame_error_dpt
+    ):
+        worst = max(fit.frame_error_dpt, key=lambda group: abs(fit.frame_error_dpt[group]))
+        raise CalibrationError(
+            "REPEATABILITY",
+            f"the same focus position meant different focus in different frames ({fit.tau_dpt:.3f} dpt, steps are "
+            f"{step:.3f} dpt apart; worst is sweep {worst[0]}, frame {worst[1]}, off by "
+            f"{fit.frame_error_dpt[worst]:+.3f} dpt), so steps were lost; home the motor and approach "
+            "every position from the same side",
+        )

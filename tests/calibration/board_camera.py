@@ -1,0 +1,95 @@
+"""A camera for calibration tests: the board through a real aperture, sharing nothing with the code under test.
+
+A plane seen from the point (a, b) of the pupil is an affine warp of the plane seen from its centre, because inverse
+depth is affine in pinhole image coordinates. The frame is the mean of such views at twice the resolution, binned.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from calibration.board import Board
+
+SUPERSAMPLING = 2
+TEXELS_PER_CELL = 12
+
+
+@dataclass(frozen=True)
+class BoardCamera:
+    """Thin lens with a non-linear focus motor."""
+
+    height: int = 400
+    width: int = 600
+    pupil_m: float = 0.0179
+    focal_px: float = 1250.0  # at focus 0
+    focal_m: float = 0.050
+    breathing: float = 1.0  # 1: unit-focus thin lens, -1: against it
+    near_dpt: float = 1.7
+    far_dpt: float = 0.4
+    bend: float = 0.25  # of the motor law
+    floor_px: float = 0.5
+    noise: float = 0.01
+    bits: int = 14
+    distortion: float = 0.0
+
+    def focus_dpt(self, step):
+        u = np.asarray(step, float) / 1000.0
+        return self.far_dpt + (self.near_dpt - self.far_dpt) * (u + self.bend * u * (u - 1.0))
+
+    def focal_at(self, step):
+        phi = self.focus_dpt(step)
+        return self.focal_px / (1.0 - self.focal_m * phi * self.breathing)
+
+    def pose(self, board: Board, distance_m, tilt_deg=0.0, roll_deg=0.0, shift_m=(0.0, 0.0), turn_deg=0.0):
+        """(rotation, translation) with the board's centre at `distance_m`."""
+        about_x = cv2.Rodrigues(np.array([np.deg2rad(tilt_deg), 0.0, 0.0]))[0]
+        about_y = cv2.Rodrigues(np.array([0.0, np.deg2rad(turn_deg), 0.0]))[0]
+        about_z = cv2.Rodrigues(np.array([0.0, 0.0, np.deg2rad(roll_deg)]))[0]
+        rotation = about_z @ about_x @ about_y
+        center = np.array([board.columns, board.rows, 0.0]) * board.square_m / 2
+        return rotation, np.array([*shift_m, distance_m]) - rotation @ center
+
+    def frame(self, board: Board, pose, step, rng, jitter_dpt=0.0) -> np.ndarray:
+        """One linear grey frame (H, W)."""
+        n = SUPERSAMPLING
+        rotation, translation = pose
+        phi = float(self.focus_dpt(step)) + jitter_dpt
+        focal = float(self.focal_at(step)) * n
+        height, width = self.height * n, self.width * n
+        camera = np.array([[focal, 0, (width - 1) / 2 + 3.0], [0, focal, (height - 1) / 2 - 2.0], [0, 0, 1.0]])
+        plane = camera @ np.column_stack([rotation[:, :2], translation])
+        normal = rotation[:, 2] / (rotation[:, 2] @ translation)
+        inverse_depth = normal @ np.linalg.inv(camera)  # of the homogeneous pixel
+        cells = np.pad(board.cells(), 48, constant_values=1)
+        texture = np.kron(cells, np.full((TEXELS_PER_CELL, TEXELS_PER_CELL), 255, np.uint8))
+        texels_per_m = 24 * TEXELS_PER_CELL / board.square_m
+        shift = 48 * TEXELS_PER_CELL - 0.5
+        from_texels = np.linalg.inv(np.array([[texels_per_m, 0, shift], [0, texels_per_m, shift], [0, 0, 1.0]]))
+        corner_dpt = [inverse_depth @ [x, y, 1.0] for x in (0, width) for y in (0, height)]
+        largest = self.pupil_m * focal * max(abs(phi - d) for d in corner_dpt)
+        count = int(np.clip((largest / n) ** 2 / 3, 12, 160))
+        radius = 0.5 * self.pupil_m * np.sqrt((np.arange(count) + 0.5) / count)
+        angle = np.arange(count) * np.pi * (3 - np.sqrt(5))
+        total = np.zeros((height, width), np.float32)
+        for a, b in zip(radius * np.cos(angle), radius * np.sin(angle), strict=True):
+            view = np.eye(3)
+            view[0] += focal * a * (phi * np.array([0, 0, 1.0]) - inverse_depth)
+            view[1] += focal * b * (phi * np.array([0, 0, 1.0]) - inverse_depth)
+            matrix = view @ plane @ from_texels
+            total += cv2.warpPerspective(texture, matrix, (width, height), flags=cv2.INTER_LINEAR, borderValue=(255,))
+        image = total / (255.0 * count) * 0.75 + 0.06
+        if self.floor_px:
+            image = cv2.GaussianBlur(image, (0, 0), self.floor_px * n)
+        image = cv2.resize(image, (self.width, self.height), interpolation=cv2.INTER_AREA)
+        image = image + rng.normal(0.0, self.noise, image.shape).astype(np.float32)
+        levels = 2**self.bits - 1
+        return (np.round(np.clip(image, 0, 1) * levels) / levels).astype(np.float32)
+
+    def sweep(self, board: Board, pose, steps, seed=0, jitter_dpt=0.0) -> np.ndarray:
+        """(S, H, W) frames at motor `steps`; `jitter_dpt` is the motor's own scatter."""
+        rng = np.random.default_rng(seed)
+        jitter = rng.normal(0.0, jitter_dpt, len(steps)) if jitter_dpt else np.zeros(len(steps))
+        return np.stack([self.frame(board, pose, s, rng, j) for s, j in zip(steps, jitter, strict=True)])
