@@ -375,14 +375,17 @@ class LensProfile(BaseModel):
 
     def write(self, path: Path) -> None:
         """Write `path` as YAML; `read` gives back an equal profile, to the last bit."""
-        text = yaml.safe_dump(
-            self.model_dump(mode="json", exclude_none=True), sort_keys=False, default_flow_style=None, width=120
-        )
         partial = path.with_name(path.name + ".partial")
         partial.write_text(
-            "# lens profile: SI units, named in each key; dioptres count from the entrance pupil\n" + text
+            f"# lens profile: SI units, named in each key; dioptres count from the entrance pupil\n{self.to_yaml()}"
         )
         partial.replace(path)
+
+    def to_yaml(self) -> str:
+        """The profile as text, as it stands in files and in captured stacks."""
+        return yaml.safe_dump(
+            self.model_dump(mode="json", exclude_none=True), sort_keys=False, default_flow_style=None, width=120
+        )
 
     @classmethod
     def read(cls, path: Path) -> LensProfile:

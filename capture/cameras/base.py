@@ -216,6 +216,7 @@ class CameraError(DaifError):
             on, or "stop" and leave it to the user.
         stage: what was being done ("open", "move_focus", "grab", ...).
         native_code, native_text: what the driver said.
+        where, outcome: added by the sweep: which frame it was, and what is safe.
     """
 
     exit_code = 4
@@ -228,10 +229,13 @@ class CameraError(DaifError):
         self.stage = stage
         self.native_code = native_code
         self.native_text = native_text
+        self.where = ""
+        self.outcome = ""
 
     def __str__(self) -> str:
+        where = f"{self.where}: " if self.where else ""
         native = f" ({self.native_text})" if self.native_text and self.native_text not in self.message else ""
-        return f"{self.message}{native}" + (f"; {self.advice}" if self.advice else "")
+        return f"{where}{self.message}{native}" + "".join(f"; {part}" for part in (self.advice, self.outcome) if part)
 
     def __reduce__(self) -> tuple[Any, ...]:  # crosses the worker's pipe whole
         return _rebuild, (type(self), self.message, self.stage, self.native_code, self.native_text)
@@ -321,7 +325,7 @@ class FocusNotHomed(CameraError):
 class FocusStuck(CameraError):
     """The lens was told to move and the picture did not change: it lost steps, or its switch is on manual."""
 
-    recovery = "reopen"
+    recovery: ClassVar[Recovery] = "reopen"
     advice = "check that the lens is free to move and that its switch allows driving"
 
 
