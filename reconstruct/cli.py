@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import sys
 import traceback
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 import calibration.cli
 import capture.cli
-from capture.errors import DaifError
+from capture.errors import DaifError, UsageError
 
 app = typer.Typer(
     name="daif",
@@ -34,6 +35,81 @@ def _global_options(
         format="%(levelname).1s %(name)s: %(message)s",
         stream=sys.stderr,
     )
+
+
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 ...")]
+
+
+@app.command("reconstruct")
+def reconstruct_command(
+    stacks: Annotated[list[Path], typer.Argument(help="Stacks (.h5), folders of photographs, or folders of those.")],
+    out: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results, one folder per stack.")],
+    method: Annotated[str, typer.Option(help="network or plane-sweep.")] = "plane-sweep",
+    weights: Annotated[str, typer.Option(help="Weights of the network: a name or a file.")] = "default",
+    refine: Annotated[int, typer.Option(min=0, help="Gradient steps through the renderer after the first answer.")] = 0,
+    lens: Annotated[Path | None, typer.Option(help="Lens profile (lens.yaml) from `daif calibrate`.")] = None,
+    device: Device = "auto",
+    depth_unit: Annotated[str, typer.Option(help="Unit of depth.png: mm, or um for macro.")] = "mm",
+    formats: Annotated[str, typer.Option(help="More outputs, comma-separated: glb, tiff, exr, nerfstudio.")] = "",
+    align: Annotated[bool, typer.Option("--align/--no-align", help="Remove breathing and hand motion first.")] = True,
+    allow_misaligned: Annotated[bool, typer.Option(help="Go on when frames do not align.")] = False,
+    force: Annotated[bool, typer.Option(help="Replace existing results.")] = False,
+) -> None:
+    """Turn focal stacks into depth, confidence and all-in-focus images."""
+    from reconstruct import batch, export, infer
+
+    wanted = tuple(part.strip() for part in formats.split(",") if part.strip())
+    for value, allowed, option in (
+        (method, ("network", "plane-sweep"), "--method"),
+        (depth_unit, tuple(export.UNITS_PER_METRE), "--depth-unit"),
+        *((name, export.EXTRA_FORMATS, "--formats") for name in wanted),
+    ):
+        if value not in allowed:
+            raise UsageError(f"{option} is {value!r}; it must be one of {', '.join(allowed)}")
+    settings = infer.Settings(
+        method=method,  # type: ignore[arg-type]
+        weights=weights,
+        refine_steps=refine,
+        align=align,
+        max_residual_px=float("inf") if allow_misaligned else None,
+        device=device,
+    )
+    job = batch.Job(out, settings, lens, depth_unit, wanted, force)  # type: ignore[arg-type]
+    batch.run(batch.find_stacks(stacks), job)
+
+
+@app.command("evaluate")
+def evaluate_command(
+    out: Annotated[Path, typer.Argument(help="Folder that `daif reconstruct` wrote.")],
+    truth: Annotated[Path, typer.Option(help="Folder with NAME.h5, NAME/depth.png (mm), NAME.png or NAME.npy.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Print the errors of reconstructions against true depth."""
+    from reconstruct import evaluate
+
+    evaluate.run(out, truth, as_json=as_json)
+
+
+@app.command("view")
+def view_command(
+    out: Annotated[Path, typer.Argument(help="Folder that `daif reconstruct` wrote.")],
+    host: Annotated[str, typer.Option(help="Address to listen on; beyond loopback is up to you.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 picks a free port.")] = 0,
+) -> None:
+    """Look at results in the browser: refocus, measure, turn in 3-D, compare two with a wipe."""
+    from reconstruct import viewer
+
+    viewer.run(out, host, port)
+
+
+@app.command("demo")
+def demo_command(
+    out: Annotated[Path, typer.Option("--output", "-o", help="Folder for what the demo makes.")] = Path("demo"),
+) -> None:
+    """Simulated sweep to report, without any hardware, with errors against the truth."""
+    from reconstruct import demo
+
+    demo.run(out)
 
 
 capture.cli.register(app)

@@ -63,6 +63,7 @@ def render_report(
         "title": result.name,
         "subtitle": _subtitle(result),
         "metric": result.metric,
+        "assumed_lens": result.intrinsics.assumed,
         "warnings": list(result.record.get("warnings", [])),
         "facts": _facts(result),
         "maps": _maps(result, truth),
@@ -131,10 +132,8 @@ def _maps(result: Reconstruction, truth: Truth | None) -> list[dict[str, Any]]:
         )
         error = np.abs(result.depth - truth.depth_m) / truth.depth_m
         maps.append(
-            _map(
-                "Error", export.colorize(error, 0, 0.1), "|depth - truth| / truth", _bar(), ["0", "5 %", "10 % and more"]
-            )
-        )  # fmt: skip
+            _map("Error", export.colorize(error, 0, 0.1), "|depth - truth| / truth", _bar(), ["0", "5 %", "over 10 %"])
+        )
     return maps
 
 
@@ -179,6 +178,9 @@ def _scene(result: Reconstruction) -> dict[str, Any]:
         "kappa": float(np.median(result.kappa_px_per_dpt)) * scale,
         "focus_near": float(result.focus_dpt.max()),
         "focus_far": float(result.focus_dpt.min()),
+        "focal": result.intrinsics.focal_px * scale,
+        "centre_x": result.intrinsics.centre_x_px * scale,
+        "centre_y": result.intrinsics.centre_y_px * scale,
     }
 
 

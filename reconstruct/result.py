@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from capture.decode import decode_image, to_linear, to_srgb8
 from numpy.typing import NDArray
 
+from capture.decode import decode_image, to_linear, to_srgb8
 from capture.errors import DataError, NoSpaceError, UsageError
 from reconstruct import export
 
@@ -184,13 +184,13 @@ def load(folder: Path) -> Reconstruction:
         near, span = focus_dpt.max(), np.ptp(focus_dpt)
         inverse = near - depth * span
         std_dpt = std * span
-    raw, transfer, white_level = decode_image(folder / "aif.png")
+    aif = decode_image(folder / "aif.png")
     return Reconstruction(
         name=folder.name,
         inverse_depth_dpt=inverse.astype(np.float32),
         std_dpt=std_dpt.astype(np.float32),
         confidence=confidence,
-        aif=to_linear(raw, transfer, white_level),
+        aif=to_linear(aif.pixels, aif.transfer, aif.white_level),
         metric=metric,
         intrinsics=intrinsics,
         focus_dpt=focus_dpt,

@@ -1,0 +1,388 @@
+"""One stack in, depth, confidence and all-in-focus image out.
+
+The order of work: align (breathing and hand motion), decide the optics, estimate depth in tiles at the
+*working scale*, at which the widest blur stays below `max_coc_px`, and, where that is smaller than the
+stored size, carry the depth up along the edges of the full-size all-in-focus image. Frames are read from the
+stack tile by tile, so memory is bounded by the outputs and one tile (`memory_needed_bytes`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from capture.alignment import Alignment, align_stack
+from capture.errors import DataError
+from capture.lens import LensProfile
+from capture.stack import FocalStack
+from reconstruct.device import pick_device
+from reconstruct.estimate import Estimate
+from reconstruct.fusion import fuse
+from reconstruct.optics import StackOptics, optics_of
+from reconstruct.plane_sweep import estimate_gain, plane_sweep
+from reconstruct.result import Reconstruction
+
+Method = Literal["network", "plane-sweep"]
+Report = Callable[[str, float], None]  # (what is being done, share of the whole so far)
+OVERVIEW_PX = 1024  # longer side of the reduced frames that alignment and gain are estimated from
+HALO_PX = 96  # working pixels around a tile: blur, windows and the network's reach
+TILE_PX = 768  # side of a tile's core, working pixels
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a stack is reconstructed.
+
+    Attributes:
+        method: the trained network, or the training-free plane sweep.
+        weights: name or path of the network's weights.
+        refine_steps: gradient steps through the renderer after the first answer; 0 for none.
+        align: False trusts the frames to be aligned.
+        max_residual_px: alignment residual above which the stack is refused; None for the default, inf for never.
+        max_coc_px: widest blur at the working scale; larger blur is worked on at half, a third ... of the size.
+        device: `auto`, `cpu`, `cuda`, `cuda:1` ...
+    """
+
+    method: Method = "plane-sweep"
+    weights: str = "default"
+    refine_steps: int = 0
+    align: bool = True
+    max_residual_px: float | None = None
+    max_coc_px: float = 40.0
+    device: str = "auto"
+
+
+def reconstruct(
+    stack: FocalStack,
+    settings: Settings | None = None,
+    profile: LensProfile | None = None,
+    progress: Report = lambda what, share: None,
+) -> Reconstruction:
+    """Depth, confidence and all-in-focus image of `stack`.
+
+    Raises:
+        DataError: fewer than two usable frames, a profile that does not fit, frames that do not align.
+        UsageError: a device that is not there.
+    """
+    settings = settings or Settings()
+    device = pick_device(settings.device)
+    clock = _Clock()
+    if stack.n_frames < 2:
+        raise DataError(f"{stack.path} has {stack.n_frames} usable frame; depth from focus needs at least 2")
+    optics = optics_of(stack, profile)
+
+    progress("aligning", 0.0)
+    overview, factor = _overview(stack)
+    clock.lap("read")
+    alignment = _align(stack, overview, optics, settings)
+    clock.lap("align")
+    optics = _with_gain(optics, overview, factor, alignment)
+    kappa = _require(optics.kappa_px_per_dpt) * alignment.kappa_factor
+    step = _working_step(optics, kappa, settings.max_coc_px, (stack.height, stack.width))
+    clock.lap("gain")
+
+    estimator = _Estimator(settings, optics.focus_dpt, kappa / step, device)
+    fields = _estimate_tiled(stack, alignment, estimator, step, progress)
+    clock.lap("estimate")
+    if step > 1:
+        fields = _carry_up(stack, alignment, fields, optics.focus_dpt, kappa, step, device, progress)
+        clock.lap("full size")
+    progress("done", 1.0)
+    return _assemble(stack, settings, optics, alignment, kappa, step, fields, clock, estimator.description)
+
+
+@dataclass
+class _Fields:
+    """The four maps, (H, W) and (H, W, 3), on the CPU."""
+
+    inverse_depth_dpt: NDArray[np.float32]
+    std_dpt: NDArray[np.float32]
+    confidence: NDArray[np.float32]
+    aif: NDArray[np.float32]
+
+    @classmethod
+    def empty(cls, height: int, width: int) -> _Fields:
+        maps = (np.empty((height, width), np.float32) for _ in range(3))
+        return cls(*maps, np.empty((height, width, 3), np.float32))
+
+    def put(self, rows: slice, cols: slice, estimate: Estimate, core: tuple[slice, slice]) -> None:
+        for name in ("inverse_depth_dpt", "std_dpt", "confidence"):
+            getattr(self, name)[rows, cols] = getattr(estimate, name)[core].cpu().numpy()
+        self.aif[rows, cols] = estimate.aif[(slice(None), *core)].permute(1, 2, 0).cpu().numpy()
+
+
+class _Estimator:
+    """(frames, valid) of one tile to an `Estimate`: the chosen method with its weights loaded once."""
+
+    def __init__(
+        self, settings: Settings, focus_dpt: NDArray[np.float64], kappa: NDArray[np.float64], device: torch.device
+    ) -> None:
+        self.device = device
+        self.focus_dpt = torch.as_tensor(focus_dpt, dtype=torch.float32, device=device)
+        self.kappa = torch.as_tensor(kappa, dtype=torch.float32, device=device)
+        self.refine_steps = settings.refine_steps
+        self.description: dict[str, Any] = {"name": settings.method, "refine_steps": settings.refine_steps}
+        self.model: Any = None
+        if settings.method == "network":
+            from reconstruct.predict import load_network
+
+            self.model = load_network(settings.weights, device)
+            self.description["weights"] = self.model.identity
+
+    def __call__(self, frames: NDArray[np.float32], valid: NDArray[np.bool_]) -> Estimate:
+        tensor = torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous().to(self.device)
+        mask = torch.from_numpy(valid).to(self.device)
+        if self.model is None:
+            estimate = plane_sweep(tensor, self.focus_dpt, self.kappa, valid=mask)
+        else:
+            from reconstruct.predict import predict
+
+            estimate = predict(self.model, tensor, self.focus_dpt, self.kappa, valid=mask)
+        if self.refine_steps:
+            from reconstruct.refine import refine
+
+            estimate = refine(tensor, self.focus_dpt, self.kappa, estimate, steps=self.refine_steps)
+        return estimate
+
+
+def _overview(stack: FocalStack) -> tuple[NDArray[np.float32], int]:
+    """All frames reduced by a whole factor to about OVERVIEW_PX, (S, h, w, 3), and that factor."""
+    factor = max(1, int(np.ceil(max(stack.height, stack.width) / OVERVIEW_PX)))
+    return np.stack([_reduced(stack.linear(i), factor) for i in range(stack.n_frames)]), factor
+
+
+def _reduced(image: NDArray[np.float32], factor: int) -> NDArray[np.float32]:
+    """`image` averaged over factor x factor pixels; the last rows and columns that do not fill a cell are dropped."""
+    if factor == 1:
+        return image
+    height, width = image.shape[0] // factor * factor, image.shape[1] // factor * factor
+    return cv2.resize(image[:height, :width], (width // factor, height // factor), interpolation=cv2.INTER_AREA)
+
+
+def _align(stack: FocalStack, overview: NDArray[np.float32], optics: StackOptics, settings: Settings) -> Alignment:
+    if not settings.align:
+        return Alignment.from_scales(np.ones(stack.n_frames), stack.height, stack.width)
+    alignment = align_stack(
+        stack.linear, optics.focus_dpt, n_frames=stack.n_frames, scales=optics.scales, max_size=OVERVIEW_PX
+    )
+    try:
+        alignment.check(settings.max_residual_px)
+    except DataError as error:
+        raise DataError(f"{stack.path}: {error} (--allow-misaligned)") from None
+    return alignment
+
+
+def _with_gain(optics: StackOptics, overview: NDArray[np.float32], factor: int, alignment: Alignment) -> StackOptics:
+    """`optics` with the blur gain found from the frames where no lens data gave it."""
+    if optics.kappa_px_per_dpt is not None:
+        return optics
+    small = align_stack(overview, optics.focus_dpt) if not alignment.is_identity else None
+    frames = overview if small is None else np.stack([small.apply(frame, i) for i, frame in enumerate(overview)])
+    tensor = torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()
+    gain = estimate_gain(tensor, torch.as_tensor(optics.focus_dpt, dtype=torch.float32)) * factor
+    return replace(optics, kappa_px_per_dpt=np.full(len(optics.focus_dpt), gain) / alignment.kappa_factor)
+
+
+def _require(kappa: NDArray[np.float64] | None) -> NDArray[np.float64]:
+    assert kappa is not None
+    return kappa
+
+
+def _working_step(optics: StackOptics, kappa: NDArray[np.float64], max_coc_px: float, size: tuple[int, int]) -> int:
+    """Whole factor by which frames are reduced so that the widest blur between two focus settings fits."""
+    widest_px = float(kappa.max() * np.ptp(optics.focus_dpt))
+    step = max(1, int(np.ceil(widest_px / max_coc_px)))
+    if min(size) // step < 64:
+        step = max(1, min(size) // 64)
+    return step
+
+
+def _tiles(height: int, width: int) -> Iterator[tuple[slice, slice, slice, slice]]:
+    """Cores that cover the image, and the same with a halo: (rows, cols, halo_rows, halo_cols)."""
+    for rows, outer_rows in _spans(height):
+        for cols, outer_cols in _spans(width):
+            yield rows, cols, outer_rows, outer_cols
+
+
+def _spans(length: int) -> list[tuple[slice, slice]]:
+    count = max(1, int(np.ceil(length / TILE_PX))) if length > TILE_PX + 2 * HALO_PX else 1
+    ends = np.linspace(0, length, count + 1).astype(int)
+    return [
+        (slice(a, b), slice(max(0, a - HALO_PX), min(length, b + HALO_PX)))
+        for a, b in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)
+    ]
+
+
+def _read_tile(stack: FocalStack, alignment: Alignment, rows: slice, cols: slice, step: int) -> NDArray[np.float32]:
+    """Aligned frames (S, h, w, 3) of a working-scale region."""
+    full_rows, full_cols = (slice(s.start * step, s.stop * step) for s in (rows, cols))
+    return np.stack(
+        [
+            _reduced(alignment.apply_tile(stack.linear, i, full_rows, full_cols), step)
+            for i in range(stack.n_frames)
+        ]
+    )  # fmt: skip
+
+
+def _estimate_tiled(
+    stack: FocalStack, alignment: Alignment, estimator: _Estimator, step: int, progress: Report
+) -> _Fields:
+    height, width = stack.height // step, stack.width // step
+    valid = alignment.valid_mask(height, width)
+    fields = _Fields.empty(height, width)
+    tiles = list(_tiles(height, width))
+    for done, (rows, cols, outer_rows, outer_cols) in enumerate(tiles):
+        progress("estimating depth", 0.1 + 0.6 * done / len(tiles))
+        frames = _read_tile(stack, alignment, outer_rows, outer_cols, step)
+        estimate = estimator(frames, valid[outer_rows, outer_cols])
+        core = _inside(rows, outer_rows), _inside(cols, outer_cols)
+        fields.put(rows, cols, estimate, core)
+    return fields
+
+
+def _inside(core: slice, outer: slice) -> slice:
+    return slice(core.start - outer.start, core.stop - outer.start)
+
+
+def _carry_up(
+    stack: FocalStack,
+    alignment: Alignment,
+    small: _Fields,
+    focus_dpt: NDArray[np.float64],
+    kappa: NDArray[np.float64],
+    step: int,
+    device: torch.device,
+    progress: Report,
+) -> _Fields:
+    """Working-scale maps at full size: depth follows the edges of the sharp image, which is fused at full size."""
+    height, width = stack.height, stack.width
+    fields = _Fields.empty(height, width)
+    tiles = list(_tiles(height, width))
+    focus, gain = (torch.as_tensor(v, dtype=torch.float32, device=device) for v in (focus_dpt, kappa))
+    for done, (rows, cols, outer_rows, outer_cols) in enumerate(tiles):
+        progress("full size", 0.7 + 0.3 * done / len(tiles))
+        frames = _read_tile(stack, alignment, outer_rows, outer_cols, 1)
+        tensor = torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous().to(device)
+        rough = [_enlarged(m, step, outer_rows, outer_cols) for m in (small.inverse_depth_dpt, small.std_dpt)]
+        sharp = fuse(tensor, focus, gain, *(torch.from_numpy(m).to(device) for m in rough))
+        guide = cv2.cvtColor(np.sqrt(sharp.permute(1, 2, 0).cpu().numpy()), cv2.COLOR_RGB2GRAY)
+        depth = guided_filter(guide, rough[0], radius=2 * step, epsilon=1e-4)
+        core = _inside(rows, outer_rows), _inside(cols, outer_cols)
+        fields.inverse_depth_dpt[rows, cols] = depth[core]
+        fields.std_dpt[rows, cols] = rough[1][core]
+        fields.confidence[rows, cols] = _enlarged(small.confidence, step, outer_rows, outer_cols)[core]
+        fields.aif[rows, cols] = sharp.permute(1, 2, 0).cpu().numpy()[core]
+    return fields
+
+
+def _enlarged(small: NDArray[np.float32], step: int, rows: slice, cols: slice) -> NDArray[np.float32]:
+    """Region (rows, cols) at full size of a working-scale map, bilinear; edges repeated."""
+    y = ((np.arange(rows.start, rows.stop) + 0.5) / step - 0.5).astype(np.float32)
+    x = ((np.arange(cols.start, cols.stop) + 0.5) / step - 0.5).astype(np.float32)
+    x_map, y_map = np.meshgrid(x, y)
+    return cv2.remap(small, x_map, y_map, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+
+
+def guided_filter(
+    guide: NDArray[np.float32], values: NDArray[np.float32], radius: int, epsilon: float
+) -> NDArray[np.float32]:
+    """`values` smoothed along the edges of `guide` (He, Sun, Tang, "Guided Image Filtering", 2013, eq. 5-8)."""
+    size = (2 * radius + 1, 2 * radius + 1)
+
+    def mean(image: NDArray[np.float32]) -> NDArray[np.float32]:
+        return cv2.blur(image, size, borderType=cv2.BORDER_REFLECT_101)
+
+    mean_guide, mean_values = mean(guide), mean(values)
+    covariance = mean(guide * values) - mean_guide * mean_values
+    slope = covariance / (mean(guide * guide) - mean_guide**2 + epsilon)
+    return mean(slope) * guide + mean(mean_values - slope * mean_guide)
+
+
+def memory_needed_bytes(height: int, width: int, n_frames: int) -> int:
+    """Peak memory of `reconstruct`: the outputs and one tile's working set (measured, see tests/benchmarks)."""
+    outputs = height * width * 4 * 6
+    tile_px = min(height * width, (TILE_PX + 2 * HALO_PX) ** 2)
+    return 2 * outputs + tile_px * 4 * (n_frames * 3 * 4 + 64 * 4) + 300_000_000
+
+
+class _Clock:
+    """Wall seconds per stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
+        self._last = now
+
+
+def _assemble(
+    stack: FocalStack,
+    settings: Settings,
+    optics: StackOptics,
+    alignment: Alignment,
+    kappa: NDArray[np.float64],
+    step: int,
+    fields: _Fields,
+    clock: _Clock,
+    method: dict[str, Any],
+) -> Reconstruction:
+    height, width = fields.inverse_depth_dpt.shape
+    seen = alignment.valid_mask(height, width)
+    fields.confidence[~seen] = 0.0
+    std_dpt = _with_calibration_error(fields, optics) if optics.metric else fields.std_dpt
+    intrinsics = optics.intrinsics
+    residual = float(np.nanmax(alignment.residual_px)) if np.isfinite(alignment.residual_px).any() else None
+    record = {
+        "format": "daif-reconstruction/1",
+        "metric": optics.metric,
+        "method": method,
+        "optics": {
+            "source": optics.source,
+            "focus_dpt": optics.focus_dpt.tolist(),
+            "kappa_px_per_dpt": kappa.tolist(),
+            "lens": stack.lens.model_dump() if stack.lens else None,
+        },
+        "intrinsics": vars(intrinsics),
+        "alignment": {
+            "scales": alignment.scales.tolist(),
+            "shifts_px": alignment.shifts_px.tolist(),
+            "residual_px": [None if np.isnan(r) else float(r) for r in alignment.residual_px],
+        },
+        "working_scale": 1 / step,
+        "seconds": clock.seconds,
+        "summary": {"alignment_residual_px": residual, "seconds": sum(clock.seconds.values())},
+        "warnings": list(optics.warnings),
+    }
+    return Reconstruction(
+        name=stack.path.name.removesuffix(".partial").removesuffix(".h5"),
+        inverse_depth_dpt=fields.inverse_depth_dpt,
+        std_dpt=std_dpt,
+        confidence=fields.confidence,
+        aif=fields.aif,
+        metric=optics.metric,
+        intrinsics=intrinsics,
+        focus_dpt=optics.focus_dpt,
+        kappa_px_per_dpt=kappa,
+        record=record,
+    )
+
+
+def _with_calibration_error(fields: _Fields, optics: StackOptics) -> NDArray[np.float32]:
+    """std_dpt with what the calibration does not know: the focus settings, and the gain times the defocus."""
+    focus_std = float(np.median(optics.focus_std_dpt))
+    if focus_std == 0 and optics.gain_std == 0:
+        return fields.std_dpt
+    ordered = np.sort(optics.focus_dpt)
+    nearest = ordered[np.argmin(np.abs(fields.inverse_depth_dpt[..., None] - ordered), axis=-1)]
+    gain_error = optics.gain_std * np.abs(fields.inverse_depth_dpt - nearest)
+    return np.sqrt(fields.std_dpt**2 + focus_std**2 + gain_error**2).astype(np.float32)

@@ -1,0 +1,110 @@
+"""Focus and blur gain of every frame of a stack, from the best source that it has.
+
+In order: a lens profile (measured), a thin lens with known focus distances (predicted), known focus distances
+alone (the gain is then found from the images), and nothing (relative: the sweep is 0 to 1, design section 2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from capture.errors import DataError
+from capture.lens import LensProfile
+from capture.stack import FocalStack
+from reconstruct.export import Intrinsics
+
+Source = Literal["profile", "thin lens", "focus distances only", "uncalibrated"]
+
+
+@dataclass(frozen=True)
+class StackOptics:
+    """The camera of one stack as the blur model sees it.
+
+    Attributes:
+        focus_dpt: (S,) focus settings; in relative mode positions along the sweep, 1 = first (near) frame, 0 = last.
+        kappa_px_per_dpt: (S,) CoC diameter in stored pixels per dioptre, None where the images must tell.
+        scales: (S,) breathing that a profile predicts, None where it must be estimated.
+        focus_std_dpt: (S,) what the calibration does not know about `focus_dpt`.
+        gain_std: relative standard error of the gain.
+        metric: whether depth comes out in metres.
+    """
+
+    focus_dpt: NDArray[np.float64]
+    kappa_px_per_dpt: NDArray[np.float64] | None
+    scales: NDArray[np.float64] | None
+    focus_std_dpt: NDArray[np.float64]
+    gain_std: float
+    metric: bool
+    source: Source
+    intrinsics: Intrinsics
+    warnings: tuple[str, ...] = ()
+
+
+def optics_of(stack: FocalStack, profile: LensProfile | None = None) -> StackOptics:
+    """The optics of `stack`; `profile` (or the one stored in it) wins over the lens's nominal numbers.
+
+    Raises DataError if the profile does not fit the stack's size or knows nothing of its focus positions.
+    """
+    profile = profile or stack.profile
+    if profile is not None:
+        return _from_profile(stack, profile)
+    intrinsics = Intrinsics.assume(stack.height, stack.width)
+    unknown = np.isnan(stack.focus_distance_m)
+    if unknown.any():
+        words = (
+            f"{stack.path.name} is uncalibrated ({int(unknown.sum())} of {stack.n_frames} focus distances unknown): "
+        )
+        return StackOptics(
+            focus_dpt=np.linspace(1.0, 0.0, stack.n_frames),
+            kappa_px_per_dpt=None,
+            scales=None,
+            focus_std_dpt=np.zeros(stack.n_frames),
+            gain_std=0.0,
+            metric=False,
+            source="uncalibrated",
+            intrinsics=intrinsics,
+            warnings=(words + "depth is relative, ordered along the sweep in frame order, and has no unit",),
+        )
+    focus_dpt = np.asarray(stack.focus_dpt, dtype=np.float64)
+    std = np.nan_to_num(np.asarray(stack.focus_distance_std_m, dtype=np.float64)) * focus_dpt**2
+    if stack.lens is None:
+        words = f"{stack.path.name} has no lens data: the blur gain is estimated from the frames"
+        return StackOptics(
+            focus_dpt, None, None, std, 0.05, True, "focus distances only", intrinsics, (words,)
+        )  # fmt: skip
+    kappa = np.asarray(stack.lens.kappa_px_per_dpt(focus_dpt), dtype=np.float64)
+    focal_px = float(np.median(stack.lens.image_distance_m(focus_dpt))) / stack.lens.pixel_pitch_m
+    centre = (stack.width - 1) / 2, (stack.height - 1) / 2
+    return StackOptics(
+        focus_dpt, kappa, None, std, 0.0, True, "thin lens", Intrinsics(focal_px, *centre)
+    )  # fmt: skip
+
+
+def _from_profile(stack: FocalStack, profile: LensProfile) -> StackOptics:
+    fitted = profile.fitted_to(stack.width, stack.height)
+    if stack.focus_unit == fitted.focus.unit and not np.isnan(stack.focus_command).any():
+        optics = fitted.optics(stack.focus_command)
+    elif not np.isnan(stack.focus_distance_m).any():
+        optics = fitted.optics(stack.focus_distance_m, unit="m")
+    else:
+        raise DataError(
+            f"{stack.path} has neither focus positions in {fitted.focus.unit}s, which the lens profile maps to "
+            "distances, nor known focus distances; capture it with `daif capture --lens`, or leave out --lens"
+        )
+    inner = fitted.intrinsics
+    relative_gain = np.divide(optics.kappa_std_px_per_dpt, optics.kappa_px_per_dpt)
+    return StackOptics(
+        focus_dpt=optics.focus_dpt,
+        kappa_px_per_dpt=optics.kappa_px_per_dpt,
+        scales=optics.scale,
+        focus_std_dpt=optics.focus_std_dpt,
+        gain_std=float(relative_gain.max()),
+        metric=fitted.is_metric,
+        source="profile",
+        intrinsics=Intrinsics(inner.focal_length_px.value, inner.center_x_px.value, inner.center_y_px.value),
+        warnings=tuple(fitted.warnings),
+    )

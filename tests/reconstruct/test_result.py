@@ -1,0 +1,99 @@
+"""The output folder: complete or absent, and the same when read back."""
+
+import json
+import os
+
+import cv2
+import numpy as np
+import pytest
+
+from capture.errors import DataError, UsageError
+from reconstruct import report, result
+from tests.reconstruct.small_result import small_result
+
+CONTRACT = {
+    "depth.npy", "depth.png", "confidence.npy", "depth_std.npy", "aif.png", "depth_color.png", "points.ply",
+    "report.html", "reconstruction.json",
+}  # fmt: skip
+
+
+def test_every_file_of_the_contract_and_nothing_else(tmp_path):
+    answer = small_result()
+    folder = result.save(answer, tmp_path, report_html=report.render_report(answer, []))
+    assert {path.name for path in folder.iterdir()} == CONTRACT
+    assert [path.name for path in tmp_path.iterdir()] == ["take"]
+    assert json.loads((folder / "reconstruction.json").read_text())["points"] == 24 * 32
+
+
+def test_reads_back(tmp_path):
+    answer = small_result()
+    back = result.load(result.save(answer, tmp_path))
+    np.testing.assert_allclose(back.inverse_depth_dpt, answer.inverse_depth_dpt, rtol=1e-6)
+    np.testing.assert_allclose(back.std_dpt, answer.std_dpt, rtol=1e-5)
+    np.testing.assert_allclose(back.aif, answer.aif, atol=0.006)  # 8-bit sRGB
+
+
+def test_relative_depth_is_ordered_and_unitless(tmp_path):
+    folder = result.save(small_result(metric=False), tmp_path)
+    depth = np.load(folder / "depth.npy")
+    assert depth[0, 0] == 0.0
+    assert depth[0, -1] == 1.0
+    stored = cv2.imread(str(folder / "depth.png"), cv2.IMREAD_UNCHANGED)
+    assert stored[0, 0] == 1
+    assert stored[0, -1] == 65535
+    assert "relative" in json.loads((folder / "reconstruction.json").read_text())["depth_png"]["unit"]
+
+
+def test_uncertainty_in_metres_grows_with_the_square_of_depth():
+    std = small_result().depth_std
+    np.testing.assert_allclose([std[0, 0], std[0, -1]], [0.01 * 2**2, 0.01 * 4**2], rtol=1e-5)
+
+
+def test_beyond_infinity_is_unknown():
+    answer = small_result()
+    answer.inverse_depth_dpt[0, 0] = -0.1
+    assert np.isnan(answer.depth[0, 0])
+
+
+def test_an_existing_folder_is_kept_unless_replaced(tmp_path):
+    result.save(small_result(), tmp_path)
+    with pytest.raises(UsageError, match="already exists"):
+        result.save(small_result(), tmp_path)
+    result.save(small_result(depth_m=1.0), tmp_path, replace=True)
+    assert np.load(tmp_path / "take" / "depth.npy")[0, 0] == 1.0
+    assert [path.name for path in tmp_path.iterdir()] == ["take"]
+
+
+def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(result.export, "write_ply", full)
+    with pytest.raises(result.NoSpaceError, match="disk is full"):
+        result.save(small_result(), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(UsageError, match="cannot be written"):
+        result.save(small_result(), tmp_path)
+
+
+def test_a_file_where_the_folder_should_be(tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(UsageError, match="cannot be written"):
+        result.save(small_result(), tmp_path / "out")
+
+
+def test_an_unfinished_folder_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"not a finished reconstruction: reconstruction\.json is missing"):
+        result.load(tmp_path)
+
+
+def test_report_escapes_what_could_end_its_script():
+    answer = small_result(name="</script><script>alert(1)</script>")
+    page = report.render_report(answer, [])
+    assert "</script><script>alert" not in page
+    assert page.count("</script>") == 2
