@@ -31,6 +31,7 @@ SMALL_BLUR_PX = 5.0  # stage 2 leaves out what is smaller: there the floor's sha
 FLOOR_SHAPE_PX2 = 0.3  # error of c^2 there when the bank already has a floor of the right size
 OUTLIER_SIGMAS = 5.0
 MIN_DEPTH_SHARE = 0.05  # of the sweep's dioptre range, between the nearest and the farthest patch
+TAU_ROUNDS = 5
 TAU_FLOOR = 1e-4  # of the dioptre range: no motor is believed to be better
 FLOOR_TO_SIGMA = 1 / 3.6  # disc-fit diameter of a Gaussian floor (notes 4.4: c0 = 3.6 sigma)
 
@@ -218,6 +219,8 @@ class _Solution:
     delta: FloatArray
     residual: FloatArray
     covariance: FloatArray  # of (log A, law coefficients, floor2)
+    delta_variance: FloatArray
+    delta_variance_given_rest: FloatArray  # if all other parameters were known
     converged: bool
 
 
@@ -276,7 +279,7 @@ def _solve(
     gain, defocus = unpack(x)
     plain = (seen.coc2_px2 - (gain * defocus) ** 2 - x[1 + n_law]) / std
     information = found.jac.T @ found.jac
-    covariance = np.linalg.pinv(information, hermitian=True)[: 2 + n_law, : 2 + n_law]
+    covariance = np.linalg.pinv(information, hermitian=True)
     return _Solution(
         pupil_m=float(np.exp(x[0])),
         law=FocusLaw(start.law.low, start.law.high, x[1 : 1 + n_law]),
@@ -284,7 +287,9 @@ def _solve(
         pose=x[pose_at:delta_at] * POSE_STD,
         delta=x[delta_at:] * tau_each,
         residual=plain,
-        covariance=covariance,
+        covariance=covariance[: 2 + n_law, : 2 + n_law],
+        delta_variance=np.diag(covariance)[delta_at:] * tau_each**2,
+        delta_variance_given_rest=tau_each**2 / np.diag(information)[delta_at:],
         converged=bool(found.success),
     )
 
@@ -310,23 +315,25 @@ def _fit_hierarchical(
     span = _span(seen, begin)
     wide = 0.1 * span
     loose = _solve(seen, begin, tau=wide, index=index, n_groups=len(groups), extra_std_px2=extra_std_px2)
-    # only frames with blur tell their focus error: near the minimum of the V it is not seen
-    dof = max(len(groups) - degree - 2, 1)
-    spread = 1.4826 * float(np.median(np.abs(loose.delta))) * np.sqrt(len(groups) / dof)
-    tau = max(spread, TAU_FLOOR * span)
-    out = np.abs(loose.delta) > OUTLIER_SIGMAS * max(tau, 1e-3 * span)
-    clean = loose.delta[~out]
-    tau = max(float(np.sqrt(np.sum(clean**2) / max(len(clean) - degree - 2, 1))), TAU_FLOOR * span)
-    each = np.where(out, wide, tau)
-    solution = _solve(
-        seen,
-        _Start(loose.pupil_m, loose.law, loose.floor2_px2),
-        tau=each,
-        index=index,
-        n_groups=len(groups),
-        extra_std_px2=extra_std_px2,
-    )
-    factor = float(student_t.ppf(0.975, max(len(clean) - degree - 2, 1))) / 1.959964
+    # a frame near the minimum of the V does not tell its focus error: its delta keeps the prior's variance
+    told = loose.delta_variance_given_rest < (0.3 * wide) ** 2
+    tau = 1.4826 * float(np.median(np.abs(loose.delta[told]))) if told.sum() > 3 else 0.01 * span
+    out = told & (np.abs(loose.delta) > OUTLIER_SIGMAS * max(tau, 1e-3 * span))
+    begin = _Start(loose.pupil_m, loose.law, loose.floor2_px2)
+    for _ in range(TAU_ROUNDS):  # expectation maximisation; the variances hold what the other parameters leave open
+        tau = max(tau, TAU_FLOOR * span)
+        solution = _solve(
+            seen,
+            begin,
+            tau=np.where(out, wide, tau),
+            index=index,
+            n_groups=len(groups),
+            extra_std_px2=extra_std_px2,
+        )
+        begin = _Start(solution.pupil_m, solution.law, solution.floor2_px2)
+        clean = ~out & told
+        tau = float(np.sqrt(np.mean(solution.delta[clean] ** 2 + solution.delta_variance[clean])))
+    factor = float(student_t.ppf(0.975, max(int(clean.sum()) - degree - 2, 1))) / 1.959964
     covariance = solution.covariance * factor**2
     n_law = degree + 1
     middle = np.concatenate([[0.0], solution.law.design(np.array([0.5 * (begin.law.low + begin.law.high)]))[0], [0.0]])
