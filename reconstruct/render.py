@@ -1,0 +1,443 @@
+"""All-in-focus image + depth to focal stack, differentiable in image, depth, focus and blur gain; plain torch.
+
+Four models (`notes/forward-model.md` has the evidence):
+
+- `scatter` (default): every source pixel spreads its light. The scene is split into layers evenly spaced in inverse
+  depth; pixel p has the hat weight w_l(p) in layer l; with B_kl the blur of layer l in frame k,
+
+      out_k = sum_l B_kl(I w_l) / sum_l B_kl(w_l).
+
+- `occlusion`: the same layers composited front to back. Colour and opacity of layer l are divided by
+  E_kl = B_kl(sum of w over l and everything behind it), so that soft neighbours of one surface add up to exactly 1.
+- `gather`: every pixel reads the image blurred by its *own* width. Wrong at depth edges, where truth loses to a
+  smoothed depth; it serves the plane sweep only.
+- `published`: the operator of DEReD (arXiv 2303.10752, `notes/method.md` section 3), exact to its formula.
+
+Blurs are products in the frequency domain, so their cost does not depend on the width, nothing is truncated, any point
+spread function with a transfer function will do, and the derivative by the width is a product too. A frame's layers are
+summed *before* the inverse transform: L + S transforms for L x S blurs. The Gaussian is the discrete one
+(Lindeberg 1990), exp(t (cos w - 1)) per axis: positive, of variance exactly t, and the identity at t = 0, so that
+blur has a smooth derivative through focus.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from capture.lens import coc_diameter_px
+
+Model = Literal["scatter", "occlusion", "gather", "published"]
+PsfShape = Literal["disc", "gaussian"]
+
+LAYER_STEP_PX = 2.5  # CoC diameter between layers: 0.6 to 0.7 px of blur std (notes/forward-model.md, "Cost")
+MAX_LAYERS = 48
+TILE_PIXELS = 600_000  # larger images are rendered in tiles with a halo: bounded memory, warm caches
+TAIL_SIGMAS = 4.5  # a Gaussian's reach: 7e-6 of its mass lies beyond
+RADIUS_BINS = 4096  # samples of the disc's transfer function between frequency 0 and the corner of the band
+
+
+@dataclass(frozen=True)
+class Psf:
+    """Shape of the blur of a point, as a function of the circle of confusion.
+
+    Attributes:
+        shape: `disc` is the uniform disc of the CoC's diameter, band-limited; `gaussian` has std = `gain` x diameter.
+        gain: std of the Gaussian per px of CoC diameter. 1/4 has the disc's second moment, 0.27 matches real
+            disc blur best (design section 2).
+        floor_px: std of the Gaussian that sensor and diffraction add to every blur, in quadrature.
+    """
+
+    shape: PsfShape = "disc"
+    gain: float = 0.27
+    floor_px: float = 0.3
+
+    def reach_px(self, coc_px: float) -> int:
+        """Distance beyond which a point blurred to diameter `coc_px` leaves no light."""
+        if self.shape == "disc":
+            return math.ceil(coc_px / 2 + TAIL_SIGMAS * self.floor_px + 2)
+        return math.ceil(TAIL_SIGMAS * math.hypot(self.gain * coc_px, self.floor_px) + 2)
+
+
+def render_stack(
+    aif: Tensor,
+    inverse_depth_dpt: Tensor,
+    focus_dpt: Tensor,
+    kappa: Tensor,
+    *,
+    model: Model = "scatter",
+    psf: PsfShape = "disc",
+    gaussian_gain: float = 0.27,
+    floor_px: float = 0.3,
+    layer_step_px: float = LAYER_STEP_PX,
+    window: int = 7,
+) -> Tensor:
+    """Blur `aif` as the lens would at each focus setting; returns (B, S, 3, H, W), linear light.
+
+    Gradients flow to all four tensors and are exact for the layers in use: these lie at multiples of a step in inverse
+    depth that follows from the largest `kappa` (not differentiated), so a change of depth never moves them.
+
+    Args:
+        aif: linear all-in-focus image, (B, 3, H, W).
+        inverse_depth_dpt: 1 / depth, (B, 1, H, W), finite.
+        focus_dpt: focus setting of each frame, (B, S).
+        kappa: blur gain of each frame, px of CoC diameter per dioptre, (B, S).
+        model: see the top of this file.
+        psf: point spread function; `published` and `gather` are Gaussian by definition.
+        gaussian_gain: std of the Gaussian per px of CoC diameter (`published` has 1/4).
+        floor_px: std of the blur in perfect focus; `published` has none.
+        layer_step_px: CoC diameter between layers.
+        window: taps per axis of the published operator.
+    """
+    batch, _, height, width = aif.shape
+    if inverse_depth_dpt.shape != (batch, 1, height, width):
+        expected = (batch, 1, height, width)
+        raise ValueError(f"inverse_depth_dpt must be {expected} to match aif, got {tuple(inverse_depth_dpt.shape)}")
+    if focus_dpt.shape != kappa.shape or focus_dpt.shape[0] != batch or focus_dpt.ndim != 2:
+        shapes = f"{tuple(focus_dpt.shape)} and {tuple(kappa.shape)}"
+        raise ValueError(f"focus_dpt and kappa must both be (B, S) with B = {batch}, got {shapes}")
+    if model == "published":
+        coc_px = coc_diameter_px(kappa[..., None, None], focus_dpt[..., None, None], inverse_depth_dpt)
+        return published_blur(aif, coc_px.abs() / 2, window)
+    shape = Psf(psf, gaussian_gain, floor_px)
+    items = [
+        _layered(aif[b], inverse_depth_dpt[b, 0], focus_dpt[b], kappa[b], shape, layer_step_px) for b in range(batch)
+    ]
+    return torch.stack(items)
+
+
+# --- frequency domain -----------------------------------------------------------------------------------------------
+
+
+def _fast_length(length: int) -> int:
+    """Smallest even length >= `length` whose only prime factors are 2, 3 and 5: transforms of it are fast."""
+    length += length % 2
+    while True:
+        rest = length
+        for prime in (2, 3, 5):
+            while rest % prime == 0:
+                rest //= prime
+        if rest == 1:
+            return length
+        length += 2
+
+
+class Spectrum:
+    """The frequencies of a real (height, width) transform, and the transfer functions on them."""
+
+    def __init__(self, height: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.height, self.width = height, width
+        self.dtype, self.device = dtype, device
+        rows = torch.fft.fftfreq(height, dtype=torch.float64)
+        columns = torch.fft.rfftfreq(width, dtype=torch.float64)
+        place = {"dtype": dtype, "device": device}
+        # the discrete Laplacian, one half of it per axis: cos w - 1
+        self.bend_rows = (torch.cos(2 * math.pi * rows) - 1)[:, None].to(**place)
+        self.bend_columns = (torch.cos(2 * math.pi * columns) - 1)[None].to(**place)
+        self.bend = self.bend_rows + self.bend_columns
+        position = torch.hypot(rows[:, None], columns[None]) * (RADIUS_BINS / math.sqrt(0.5))
+        self.bin = position.long().clamp_max(RADIUS_BINS - 1).to(device)
+        self.within_bin = (position - self.bin.cpu()).to(**place)
+        self.radius = (torch.arange(RADIUS_BINS + 1, dtype=torch.float64) * (math.sqrt(0.5) / RADIUS_BINS)).to(**place)
+        # Parseval on half a spectrum: inner columns stand for two
+        twice = torch.full((columns.numel(),), 2.0, dtype=torch.float64)
+        twice[0] = twice[-1] = 1.0
+        self.parseval = (twice / (height * width)).to(**place)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Transform of `image` (..., h, w), zero-padded to this spectrum's size."""
+        return torch.fft.rfft2(image, s=(self.height, self.width))
+
+    def inverse(self, spectrum: Tensor, height: int, width: int) -> Tensor:
+        """The first (height, width) pixels of the image with this spectrum."""
+        return torch.fft.irfft2(spectrum, s=(self.height, self.width))[..., :height, :width]
+
+    def transfer(self, coc_px: Tensor, psf: Psf) -> Tensor:
+        """Transfer functions (n, h, w/2+1) of blurs with CoC diameters `coc_px` (n,)."""
+        if psf.shape == "gaussian":
+            return self._gaussian((psf.gain * coc_px) ** 2 + psf.floor_px**2)
+        return self._radial(_airy(math.pi * coc_px[:, None] * self.radius)) * self._gaussian(
+            torch.full_like(coc_px[:1], psf.floor_px**2)
+        )
+
+    def transfer_slope(self, coc_px: Tensor, psf: Psf) -> Tensor:
+        """Derivative of `transfer` by the CoC diameter."""
+        if psf.shape == "gaussian":
+            return (2 * psf.gain**2) * coc_px[:, None, None] * self.bend * self.transfer(coc_px, psf)
+        scaled = math.pi * self.radius
+        return self._radial(scaled * _airy_slope(scaled * coc_px[:, None])) * self._gaussian(
+            torch.full_like(coc_px[:1], psf.floor_px**2)
+        )
+
+    def _gaussian(self, variance: Tensor) -> Tensor:
+        variance = variance[:, None, None]
+        return torch.exp(variance * self.bend_rows) * torch.exp(variance * self.bend_columns)
+
+    def _radial(self, table: Tensor) -> Tensor:
+        """`table` (n, RADIUS_BINS + 1), a function of radial frequency, on this spectrum, linearly interpolated."""
+        return torch.lerp(table[:, self.bin], table[:, self.bin + 1], self.within_bin)
+
+
+@lru_cache(maxsize=8)
+def _spectrum(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Spectrum:
+    return Spectrum(_fast_length(height), _fast_length(width), dtype, device)
+
+
+def _airy(x: Tensor) -> Tensor:
+    """Transfer function of the unit disc, 2 J1(x) / x; even in x and 1 at 0."""
+    x = x.abs()
+    small = x < 1e-2
+    safe = torch.where(small, torch.ones_like(x), x)
+    return torch.where(small, 1 - x * x / 8 * (1 - x * x / 24), 2 * torch.special.bessel_j1(safe) / safe)
+
+
+def _airy_slope(x: Tensor) -> Tensor:
+    """Derivative of `_airy`, -2 J2(x) / x; odd in x."""
+    small = x.abs() < 1e-2
+    safe = torch.where(small, torch.ones_like(x), x)
+    j2 = 2 * torch.special.bessel_j1(safe) / safe - torch.special.bessel_j0(safe)
+    return torch.where(small, -x / 4 * (1 - x * x / 12), -2 * j2 / safe)
+
+
+# --- layers ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Planes of constant inverse depth, `first` to `first + count - 1` in steps of `step_dpt` from 0 dioptres."""
+
+    first: int
+    count: int
+    step_dpt: float
+
+    @classmethod
+    def spanning(cls, inverse_depth_dpt: Tensor, kappa: Tensor, step_px: float) -> Layers:
+        """The layers that `inverse_depth_dpt` touches; coarser by powers of 2 where they would exceed MAX_LAYERS."""
+        near, far = float(inverse_depth_dpt.max()), float(inverse_depth_dpt.min())
+        step = step_px / max(float(kappa.detach().abs().max()), 1e-6)
+        step *= 2.0 ** max(0, math.ceil(math.log2(max((near - far) / step / (MAX_LAYERS - 2), 1e-6))))
+        first = math.floor(far / step)
+        return cls(first, math.floor(near / step) + 2 - first, step)
+
+    def inverse_depth_dpt(self, like: Tensor) -> Tensor:
+        """Where the layers lie, (L,)."""
+        return (torch.arange(self.count, dtype=like.dtype, device=like.device) + self.first) * self.step_dpt
+
+    def position(self, inverse_depth_dpt: Tensor) -> Tensor:
+        """Inverse depth counted in layers, 0 to count - 1."""
+        return inverse_depth_dpt / self.step_dpt - self.first
+
+
+def _hat(position: Tensor, layer: int) -> Tensor:
+    return (1 - (position - layer).abs()).clamp_min_(0)
+
+
+def _hat_slope(position: Tensor, layer: int) -> Tensor:
+    """Derivative of `_hat`; on a layer, that of the cell behind it, so that all hats still add up to 1."""
+    offset = position - layer
+    return ((offset >= -1) & (offset < 0)).to(position.dtype) - ((offset >= 0) & (offset < 1)).to(position.dtype)
+
+
+def _used_layers(position: Tensor, count: int) -> range:
+    """Layers with any weight."""
+    return range(max(int(position.min()), 0), min(int(position.max()) + 2, count))
+
+
+def _layered(
+    aif: Tensor, inverse_depth_dpt: Tensor, focus_dpt: Tensor, kappa: Tensor, psf: Psf, step_px: float
+) -> Tensor:
+    """One item of the batch, (S, 3, H, W)."""
+    layers = Layers.spanning(inverse_depth_dpt.detach(), kappa, step_px)
+    coc_px = coc_diameter_px(kappa[:, None], focus_dpt[:, None], layers.inverse_depth_dpt(kappa))
+    return _Scatter.apply(aif, layers.position(inverse_depth_dpt), coc_px, psf)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A rectangle of the image, and the same with a halo as wide as the widest blur."""
+
+    rows: slice
+    columns: slice
+    wide_rows: slice
+    wide_columns: slice
+
+    @property
+    def inner(self) -> tuple[slice, slice]:
+        """The rectangle within its halo."""
+        top, left = self.rows.start - self.wide_rows.start, self.columns.start - self.wide_columns.start
+        return (
+            slice(top, top + self.rows.stop - self.rows.start),
+            slice(left, left + self.columns.stop - self.columns.start),
+        )
+
+
+def _tiles(height: int, width: int, reach: int) -> Iterator[Tile]:
+    """Tiles of at most TILE_PIXELS that cover the image."""
+    parts = math.ceil(math.sqrt(height * width / TILE_PIXELS))
+    down = min(parts, height)
+    across = math.ceil(height * width / TILE_PIXELS / down)
+    tall, wide = math.ceil(height / down), math.ceil(width / across)
+    for top in range(0, height, tall):
+        bottom = min(top + tall, height)
+        for left in range(0, width, wide):
+            right = min(left + wide, width)
+            yield Tile(
+                slice(top, bottom),
+                slice(left, right),
+                slice(max(top - reach, 0), min(bottom + reach, height)),
+                slice(max(left - reach, 0), min(right + reach, width)),
+            )
+
+
+def _tile_spectrum(tile: Tile, reach: int, like: Tensor) -> Spectrum:
+    # light that leaves on one side must not come back on the other within the tile: pad by one reach
+    height, width = tile.wide_rows.stop - tile.wide_rows.start, tile.wide_columns.stop - tile.wide_columns.start
+    return _spectrum(height + reach, width + reach, like.dtype, like.device)
+
+
+class _Scatter(torch.autograd.Function):
+    """Normalised layered scatter of one image; keeps the rendered stack and its denominators only."""
+
+    @staticmethod
+    def forward(ctx: Any, aif: Tensor, position: Tensor, coc_px: Tensor, psf: Psf) -> Tensor:
+        n_frames = coc_px.shape[0]
+        height, width = position.shape
+        out = aif.new_empty(n_frames, 3, height, width)
+        weight = aif.new_empty(n_frames, 1, height, width)
+        reach = psf.reach_px(float(coc_px.abs().max()))
+        for tile in _tiles(height, width, reach):
+            spectrum = _tile_spectrum(tile, reach, aif)
+            sums = None
+            for layer, source in _sources(aif, position, tile, coc_px.shape[1]):
+                blurred = spectrum.transfer(coc_px[:, layer], psf)[:, None] * spectrum.forward(source)
+                sums = blurred if sums is None else sums.add_(blurred)
+            box = (..., tile.wide_rows, tile.wide_columns)
+            spread = spectrum.inverse(sums, *position[box].shape)[(..., *tile.inner)]
+            weight[..., tile.rows, tile.columns] = spread[:, 3:]
+            out[..., tile.rows, tile.columns] = spread[:, :3] / spread[:, 3:]
+        ctx.save_for_backward(aif, position, coc_px, out, weight)
+        ctx.psf = psf
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        aif, position, coc_px, out, weight = ctx.saved_tensors
+        psf: Psf = ctx.psf
+        grad_aif, grad_position = torch.empty_like(aif), torch.empty_like(position)
+        grad_coc = torch.zeros_like(coc_px) if ctx.needs_input_grad[2] else None
+        reach = psf.reach_px(float(coc_px.abs().max()))
+        grad_sums = torch.cat([grad_out, -(grad_out * out).sum(1, keepdim=True)], 1) / weight
+        for tile in _tiles(*position.shape, reach):
+            spectrum = _tile_spectrum(tile, reach, aif)
+            box = (..., tile.wide_rows, tile.wide_columns)
+            teacher = spectrum.forward(grad_sums[box])
+            own = None if grad_coc is None else spectrum.forward(_only(grad_sums[box], tile))
+            tile_aif = grad_aif[..., tile.rows, tile.columns].zero_()
+            tile_position = grad_position[tile.rows, tile.columns].zero_()
+            here, image = position[tile.rows, tile.columns], aif[..., tile.rows, tile.columns]
+            for layer, source in _sources(aif, position, tile, coc_px.shape[1]):
+                if own is not None and grad_coc is not None:
+                    slope = spectrum.transfer_slope(coc_px[:, layer], psf)
+                    shared = spectrum.forward(source)
+                    agreement = (own.real * shared.real + own.imag * shared.imag).sum(1)
+                    grad_coc[:, layer] += (slope * agreement * spectrum.parseval).sum((1, 2))
+                hat = _hat(here, layer)
+                returned = (spectrum.transfer(coc_px[:, layer], psf)[:, None] * teacher).sum(0)
+                spread = spectrum.inverse(returned, *position[box].shape)[(..., *tile.inner)]
+                tile_aif += hat * spread[:3]
+                tile_position += _hat_slope(here, layer) * ((image * spread[:3]).sum(0) + spread[3])
+        return grad_aif, grad_position, grad_coc, None
+
+
+def _sources(aif: Tensor, position: Tensor, tile: Tile, count: int) -> Iterator[tuple[int, Tensor]]:
+    """Each layer with weight in the tile or its halo, and its light: (4, h, w), colour times weight, and weight."""
+    box = (..., tile.wide_rows, tile.wide_columns)
+    image, place = aif[box], position[box]
+    for layer in _used_layers(place, count):
+        hat = _hat(place, layer)
+        yield layer, torch.cat([image * hat, hat[None]])
+
+
+def _only(stack: Tensor, tile: Tile) -> Tensor:
+    """`stack` on the tile proper, zero in its halo."""
+    alone = torch.zeros_like(stack)
+    alone[(..., *tile.inner)] = stack[(..., *tile.inner)]
+    return alone
+
+
+# --- the published operator -----------------------------------------------------------------------------------------
+
+
+def published_blur(image: Tensor, radius_px: Tensor, window: int = 7) -> Tensor:
+    """DEReD's operator: `image` (B, 3, H, W) blurred by `radius_px` (B, S, H, W); returns (B, S, 3, H, W).
+
+    With c the published "sigma", which is a CoC *radius* in pixels, and r the distance between p and q,
+
+        out(p) = sum_q g(c(q), r) v(q) / sum_q g(c(q), r),    g(c, r) = exp(-2 r^2 / c^2) / c^2
+
+    over q in a `window` x `window` square, inside the image, with c(q) > 1; where c(p) <= 1, out(p) = v(p). The
+    gradient is exact with the gate held fixed, as in the published code (`notes/method.md` section 3).
+    """
+    return _Published.apply(image, radius_px, window)
+
+
+def _shifts(window: int, height: int, width: int) -> Iterator[tuple[int, tuple[slice, slice], tuple[slice, slice]]]:
+    """Squared distance of every tap, with the slices of receivers p and of their sources q = p + shift."""
+    half = window // 2
+    for dy in range(max(-half, 1 - height), min(half, height - 1) + 1):
+        for dx in range(max(-half, 1 - width), min(half, width - 1) + 1):
+            yield (
+                dy * dy + dx * dx,
+                (slice(max(0, -dy), height - max(0, dy)), slice(max(0, -dx), width - max(0, dx))),
+                (slice(max(0, dy), height - max(0, -dy)), slice(max(0, dx), width - max(0, -dx))),
+            )
+
+
+class _Published(torch.autograd.Function):
+    """Loops over the taps in both directions instead of keeping window^2 maps."""
+
+    @staticmethod
+    def forward(ctx: Any, image: Tensor, radius_px: Tensor, window: int) -> Tensor:
+        gate = radius_px > 1
+        safe = torch.where(gate, radius_px, torch.ones_like(radius_px))
+        mass, decay = gate / (safe * safe), -2 / (safe * safe)
+        light = image[:, None] * mass[:, :, None]
+        total = torch.zeros_like(light)
+        weight = torch.zeros_like(mass)
+        for distance2, receiver, source in _shifts(window, *image.shape[-2:]):
+            falloff = torch.exp(decay[(..., *source)] * distance2)
+            total[(..., *receiver)] += falloff[:, :, None] * light[(..., *source)]
+            weight[(..., *receiver)] += falloff * mass[(..., *source)]
+        weight = torch.where(gate, weight, torch.ones_like(weight))
+        out = torch.where(gate[:, :, None], total / weight[:, :, None], image[:, None])
+        ctx.save_for_backward(image, radius_px, out, weight)
+        ctx.window = window
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        image, radius_px, out, weight = ctx.saved_tensors
+        gate = radius_px > 1
+        safe = torch.where(gate, radius_px, torch.ones_like(radius_px))
+        mass, decay = gate / (safe * safe), -2 / (safe * safe)
+        passed = torch.where(gate[:, :, None], torch.zeros_like(grad_out), grad_out)
+        grad_total = (grad_out - passed) / weight[:, :, None]
+        grad_weight = -(grad_total * out).sum(2)
+        grad_image, grad_radius = passed.sum(1), torch.zeros_like(radius_px)
+        for distance2, receiver, source in _shifts(ctx.window, *image.shape[-2:]):
+            kernel = torch.exp(decay[(..., *source)] * distance2) * mass[(..., *source)]
+            from_total = grad_total[(..., *receiver)]
+            grad_image[(..., *source)] += (kernel[:, :, None] * from_total).sum(1)
+            grad_kernel = (from_total * image[:, None][(..., *source)]).sum(2) + grad_weight[(..., *receiver)]
+            c = safe[(..., *source)]
+            grad_radius[(..., *source)] += grad_kernel * kernel * (4 * distance2 / c**3 - 2 / c)
+        return grad_image, grad_radius, None

@@ -1,0 +1,126 @@
+"""The renderer's definitions, written out slowly: double loops, spatial kernels, autograd for gradients."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from scipy import special
+from torch import Tensor
+from torch.nn import functional
+
+from reconstruct.render import Layers, Psf
+
+
+def published_loops(image: Tensor, radius_px: Tensor, window: int) -> Tensor:
+    """DEReD's kernel read line by line: image (3, H, W) and radius (H, W) to (3, H, W), scalars only."""
+    _, height, width = image.shape
+    half = window // 2
+    out = image.clone()
+    for py in range(height):
+        for px in range(width):
+            if radius_px[py, px] <= 1:
+                continue
+            total, norm = image.new_zeros(3), image.new_zeros(())
+            for qy in range(max(0, py - half), min(height, py + half + 1)):
+                for qx in range(max(0, px - half), min(width, px + half + 1)):
+                    c = radius_px[qy, qx]
+                    if c > 1:
+                        g = torch.exp(-2.0 * ((py - qy) ** 2 + (px - qx) ** 2) / c**2) / c**2
+                        total, norm = total + g * image[:, qy, qx], norm + g
+            out[:, py, px] = total / norm
+    return out
+
+
+def gaussian_taps(variance: Tensor, reach: int) -> Tensor:
+    """The discrete Gaussian exp(-t) I_n(t), n = -reach to reach, differentiable in t."""
+    return torch.stack([_bessel(variance, abs(n)) for n in range(-reach, reach + 1)])
+
+
+class _ScaledBessel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, variance, order):
+        ctx.save_for_backward(variance)
+        ctx.order = order
+        return variance.new_tensor(special.ive(order, variance.detach().cpu().numpy()))
+
+    @staticmethod
+    def backward(ctx, grad):
+        (variance,) = ctx.saved_tensors
+        t, n = variance.detach().cpu().numpy(), ctx.order
+        slope = 0.5 * (special.ive(n - 1, t) + special.ive(n + 1, t)) - special.ive(n, t)
+        return grad * variance.new_tensor(slope), None
+
+
+def _bessel(variance: Tensor, order: int) -> Tensor:
+    return _ScaledBessel.apply(variance, order)
+
+
+def blur_gaussian(image: Tensor, coc_px: Tensor, psf: Psf) -> Tensor:
+    """`image` (C, H, W) blurred by the discrete Gaussian, zero outside, by two convolutions."""
+    variance = (psf.gain * coc_px) ** 2 + psf.floor_px**2
+    reach = math.ceil(6 * math.sqrt(float(variance.detach()))) + 3
+    taps = gaussian_taps(variance, reach).to(image.dtype)
+    channels = image.shape[0]
+    down = functional.conv2d(image[:, None], taps[None, None, :, None], padding=(reach, 0))
+    return functional.conv2d(down, taps[None, None, None, :], padding=(0, reach)).reshape(channels, *image.shape[1:])
+
+
+def blur_disc(image: Tensor, coc_px: Tensor, psf: Psf) -> Tensor:
+    """`image` blurred by the disc on a generous periodic grid; the kernel is an explicit sum over frequencies."""
+    _, height, width = image.shape
+    pad = psf.reach_px(float(coc_px.detach().abs())) + 8
+    rows, columns = (torch.fft.fftfreq(n + 2 * pad, dtype=image.dtype) for n in (height, width))
+    x = math.pi * coc_px.abs() * torch.hypot(rows[:, None], columns[None])
+    safe = torch.where(x < 1e-4, torch.ones_like(x), x)
+    airy = torch.where(x < 1e-4, 1 - x * x / 8, 2 * special_j1(safe) / safe)
+    laplacian = torch.cos(2 * math.pi * rows)[:, None] + torch.cos(2 * math.pi * columns)[None] - 2
+    transfer = airy * torch.exp(psf.floor_px**2 * laplacian)
+    padded = functional.pad(image, (pad, pad, pad, pad))
+    blurred = torch.fft.ifft2(torch.fft.fft2(padded) * transfer).real
+    return blurred[:, pad : pad + height, pad : pad + width]
+
+
+class _BesselJ1(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return torch.special.bessel_j1(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return grad * (torch.special.bessel_j0(x) - torch.special.bessel_j1(x) / x)
+
+
+def special_j1(x: Tensor) -> Tensor:
+    """J1, with a gradient (torch has none)."""
+    return _BesselJ1.apply(x)
+
+
+def blur(image: Tensor, coc_px: Tensor, psf: Psf) -> Tensor:
+    """`image` (C, H, W) blurred by one circle of confusion."""
+    return blur_disc(image, coc_px, psf) if psf.shape == "disc" else blur_gaussian(image, coc_px, psf)
+
+
+def hats(inverse_depth_dpt: Tensor, layers: Layers) -> Tensor:
+    """Linear weight of every pixel in every layer, (L, H, W)."""
+    planes = layers.inverse_depth_dpt(inverse_depth_dpt)[:, None, None]
+    return (1 - (inverse_depth_dpt - planes).abs() / layers.step_dpt).clamp_min(0)
+
+
+def scatter(
+    aif: Tensor, inverse_depth_dpt: Tensor, focus_dpt: Tensor, kappa: Tensor, psf: Psf, layers: Layers
+) -> Tensor:
+    """(S, 3, H, W) = sum_l B_kl(I w_l) / sum_l B_kl(w_l), as written."""
+    weights = hats(inverse_depth_dpt, layers)
+    planes = layers.inverse_depth_dpt(focus_dpt)
+    frames = []
+    for focus, gain in zip(focus_dpt, kappa, strict=True):
+        light, norm = torch.zeros_like(aif), torch.zeros_like(aif[:1])
+        for plane, weight in zip(planes, weights, strict=True):
+            coc_px = gain * (focus - plane)
+            light = light + blur(aif * weight, coc_px, psf)
+            norm = norm + blur(weight[None], coc_px, psf)
+        frames.append(light / norm)
+    return torch.stack(frames)
