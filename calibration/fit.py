@@ -12,7 +12,7 @@ frame share the motor's error. Its spread tau is estimated, and is the motor's r
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -93,7 +93,8 @@ class Fit:
     used: NDArray[np.bool_]  # of the observations given
     converged: bool
     pupil_focus_correlation: float
-    pose_error: FloatArray = field(default_factory=lambda: np.zeros(0))
+    pose_error: FloatArray  # e_k
+    extra: dict[str, tuple[float, float]]  # name -> (value, std) of terms that the model leaves out, see `_diagnose`
 
     def focus_std_dpt(self, position: Any) -> FloatArray:
         """Standard error of phi at `position`."""
@@ -221,6 +222,9 @@ class _Solution:
     covariance: FloatArray  # of (log A, law coefficients, floor2)
     delta_variance: FloatArray
     delta_variance_given_rest: FloatArray  # if all other parameters were known
+    fun: FloatArray  # residuals of the solver and their Jacobian
+    jacobian: FloatArray
+    slope_by_defocus: FloatArray  # (n,) derivative of the data residuals by defocus
     converged: bool
 
 
@@ -290,6 +294,9 @@ def _solve(
         covariance=covariance[: 2 + n_law, : 2 + n_law],
         delta_variance=np.diag(covariance)[delta_at:] * tau_each**2,
         delta_variance_given_rest=tau_each**2 / np.diag(information)[delta_at:],
+        fun=found.fun,
+        jacobian=found.jac,
+        slope_by_defocus=-2.0 * gain**2 * defocus * _soften_slope(plain) * root / std,
         converged=bool(found.success),
     )
 
@@ -354,7 +361,33 @@ def _fit_hierarchical(
         converged=solution.converged,
         pupil_focus_correlation=correlation,
         pose_error=solution.pose,
+        extra=_diagnose(seen, solution, factor),
     )
+
+
+def _diagnose(seen: Observations, solution: _Solution, factor: float) -> dict[str, tuple[float, float]]:
+    """Value and standard error of terms that an ideal lens does not have, each estimated alone (one Newton step).
+
+    near_far: relative excess of the blur gain in front of focus; radial: of the gain in the image corner;
+    curvature: focus shift in the corner (dpt); pupil_slope: relative change of the pupil per dioptre of focus.
+    """
+    defocus = solution.law(seen.position) - seen.inverse_depth_dpt
+    slope, n_seen = solution.slope_by_defocus, len(seen)
+    columns = {
+        "near_far": slope * defocus * (defocus < 0),
+        "radial": slope * defocus * seen.radius2,
+        "curvature": slope * seen.radius2,
+        "pupil_slope": slope * defocus * (solution.law(seen.position) - float(np.mean(solution.law(seen.position)))),
+    }
+    extra = {}
+    for name, column in columns.items():
+        full = np.zeros(len(solution.fun))
+        full[:n_seen] = column
+        jacobian = np.column_stack([solution.jacobian, full])
+        covariance = np.linalg.pinv(jacobian.T @ jacobian, hermitian=True)
+        step = -covariance @ (jacobian.T @ solution.fun)
+        extra[name] = (float(step[-1]), float(np.sqrt(max(covariance[-1, -1], 0.0))) * factor)
+    return extra
 
 
 def bootstrap_std(

@@ -373,19 +373,17 @@ class LensProfile(BaseModel):
             )
         return self if factor == 1.0 else self.rescaled(factor)
 
-    def write(self, path: Path) -> None:
-        """Write `path` as YAML; `read` gives back an equal profile, to the last bit."""
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(
-            f"# lens profile: SI units, named in each key; dioptres count from the entrance pupil\n{self.to_yaml()}"
-        )
-        partial.replace(path)
-
     def to_yaml(self) -> str:
-        """The profile as text, as it stands in files and in captured stacks."""
-        return yaml.safe_dump(
-            self.model_dump(mode="json", exclude_none=True), sort_keys=False, default_flow_style=None, width=120
-        )
+        """The profile as YAML; reading it gives back an equal profile, to the last bit."""
+        fields = self.model_dump(mode="json", exclude_none=True)
+        text = yaml.safe_dump(fields, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
+        return "# lens profile: SI units, named in each key; dioptres count from the entrance pupil\n" + text
+
+    def write(self, path: Path) -> None:
+        """Write `path` as YAML, whole or not at all."""
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(self.to_yaml(), encoding="utf-8")
+        partial.replace(path)
 
     @classmethod
     def read(cls, path: Path) -> LensProfile:
