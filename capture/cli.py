@@ -12,11 +12,231 @@ from capture.errors import UsageError
 
 if TYPE_CHECKING:
     from capture.plan import Assessment, FocusSweep
+    from capture.stack import FocalStack
 
 
 def register(app: typer.Typer) -> None:
     """Add this package's commands to `app`."""
+    app.command("import")(_import)
+    app.command("info")(_info)
+    app.command("pack")(_pack)
     app.command("plan")(_plan)
+
+
+# --- import, info, pack
+
+
+def _import(
+    folders: Annotated[
+        list[Path], typer.Argument(help="Folders of photographs; stack.yaml in them says what is known.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The stack (.h5), or a folder for several stacks.")],
+    force: Annotated[bool, typer.Option("--force", help="Overwrite stacks that exist.")] = False,
+) -> None:
+    """Make focal stacks of folders of photographs."""
+    from capture.errors import DaifError, SomeFailedError
+    from capture.importer import import_folder
+
+    into_folder = len(folders) > 1 or output.is_dir()
+    if into_folder:
+        if output.exists() and not output.is_dir():
+            raise UsageError(f"{output} is a file; several folders need a folder after -o")
+        names = [folder.resolve().name for folder in folders]
+        if len(set(names)) < len(names):
+            raise UsageError("two folders have the same name, so their stacks would too; import them one by one")
+    failed: list[DaifError] = []
+    for folder in folders:
+        target = output / f"{folder.resolve().name}.h5" if into_folder else output
+        try:
+            if into_folder and folder.is_dir():
+                output.mkdir(parents=True, exist_ok=True)
+            typer.echo(import_folder(folder, target, overwrite=force))
+        except DaifError as error:
+            if len(folders) == 1:
+                raise
+            typer.echo(f"daif: {error}", err=True)
+            failed.append(error)
+    if failed:
+        raise SomeFailedError(f"{len(failed)} of {len(folders)} folders failed, each named above")
+
+
+def _info(
+    stacks: Annotated[list[Path], typer.Argument(help="Focal stacks (.h5, or .h5.partial during capture).")],
+    deep: Annotated[bool, typer.Option("--deep", help="Read everything and verify every checksum.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: an array with one object per stack.")] = False,
+) -> None:
+    """Say what focal stacks hold."""
+    import json
+
+    from capture.errors import DaifError, SomeFailedError
+    from capture.stack import FocalStack
+
+    facts, failed = [], 0
+    for path in stacks:
+        try:
+            with FocalStack.open(path, deep=deep, allow_partial=path.suffix == ".partial") as stack:
+                facts.append(_stack_facts(stack, deep))
+                if not as_json:
+                    typer.echo(_stack_text(facts[-1]))
+        except DaifError as error:
+            if len(stacks) == 1:
+                raise
+            typer.echo(f"daif: {error}", err=True)
+            failed += 1
+    if as_json:
+        typer.echo(json.dumps(_finite(facts), indent=2))
+    if failed:
+        raise SomeFailedError(f"{failed} of {len(stacks)} stacks cannot be read, each named above")
+
+
+def _pack(
+    stack: Annotated[Path, typer.Argument(help="A complete focal stack.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The smaller copy.")],
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the copy if it exists.")] = False,
+) -> None:
+    """Repack a stack for archiving: gzip, checked bit for bit."""
+    from capture.stack import pack_stack
+
+    pack_stack(stack, output, overwrite=force)
+    before, after = stack.stat().st_size, output.stat().st_size
+    typer.echo(f"{output}: {after / 1e6:.1f} MB, {before / max(after, 1):.2f} times smaller, verified bit for bit")
+
+
+def _stack_facts(stack: FocalStack, deep: bool) -> dict[str, Any]:
+    """What `daif info` says about a stack, ready for JSON."""
+    import numpy as np
+
+    from capture.stack import OK, STATUS_NAMES
+
+    names = ["focus_distance_m", "focus_dpt", "focus_distance_std_m", "focus_command", "focus_position"]
+    names += ["exposure_time_s", "f_number", "iso", "mean_level", "clipped_fraction", "focus_measure"]
+    frames = [{"frame": i, "status": STATUS_NAMES[int(status)]} for i, status in enumerate(stack.status)]
+    for row, i in enumerate(stack.frame_index):
+        frames[i] |= {name: float(getattr(stack, name)[row]) for name in names}
+        frames[i] |= {
+            "focus_distance_source": stack.focus_distance_source[row],
+            "file": stack.original_name[row],
+        }
+    facts: dict[str, Any] = {
+        "file": str(stack.path),
+        "bytes": stack.path.stat().st_size,
+        "complete": stack.complete,
+        "verified": deep,
+        "frames_ok": stack.n_frames,
+        "frames_planned": stack.n_planned,
+        "width": stack.width,
+        "height": stack.height,
+        "channels": stack.channels,
+        "bits": 8 * stack.dtype.itemsize,
+        "transfer": stack.transfer,
+        "white_level": stack.white_level,
+        "metric": stack.is_metric,
+        "focus_unit": stack.focus_unit,
+        "lens": stack.lens.model_dump() if stack.lens else None,
+        "lens_info": stack.lens_info,
+        "camera": stack.camera,
+        "lens_profile": stack.profile is not None,
+        "plan": stack.plan is not None,
+        "board": stack.board is not None,
+        "truth": stack.has_truth,
+        "created": stack.created,
+        "software": stack.software,
+        "events": stack.events,
+        "frames": frames,
+        "kappa_px_per_dpt": None,
+        "blur_range_px": None,
+        "blur_step_px": None,
+        "warnings": [],
+    }
+    known = stack.focus_dpt[~np.isnan(stack.focus_dpt)]
+    optic = stack.profile.fitted_to(stack.width, stack.height) if stack.profile else stack.lens
+    if optic is not None and len(known) > 1:
+        try:
+            kappa = np.asarray(optic.kappa_px_per_dpt(known), np.float64)
+        except UsageError as error:  # focused outside what the profile was calibrated for
+            facts["warnings"].append(str(error))
+        else:
+            facts["kappa_px_per_dpt"] = [float(kappa.min()), float(kappa.max())]
+            facts["blur_range_px"] = float(kappa.max() * (known.max() - known.min()))
+            facts["blur_step_px"] = [float(x) for x in (kappa[1:] * np.abs(np.diff(known))).round(3)]
+    facts["warnings"] += _stack_warnings(stack)
+    facts["frames_failed"] = int(np.count_nonzero(stack.status != OK))
+    return facts
+
+
+def _stack_warnings(stack: FocalStack) -> list[str]:
+    """What a careful photographer would want to know before using the stack."""
+    import numpy as np
+
+    found = []
+    for name, values in (
+        ("exposure time", stack.exposure_time_s),
+        ("f-number", stack.f_number),
+        ("ISO", stack.iso),
+    ):
+        known = values[~np.isnan(values)]
+        if len(known) and known.max() > 1.01 * known.min():
+            found.append(f"{name} changes between frames, {known.min():.4g} to {known.max():.4g}: lock the exposure")
+    clipped = stack.clipped_fraction[stack.clipped_fraction > 0.01]
+    if len(clipped):
+        found.append(f"{len(clipped)} frames have more than 1 % clipped values, up to {100 * clipped.max():.1f} %")
+    unknown = np.isnan(stack.focus_distance_m)
+    if unknown.any() and not unknown.all():
+        some = ", ".join(str(i) for i in stack.frame_index[unknown][:8])
+        found.append(f"focus distance unknown in frames {some}: the stack counts as uncalibrated")
+    return found
+
+
+def _stack_text(facts: dict[str, Any]) -> str:
+    """`_stack_facts` as a table for people."""
+    state = "complete" if facts["complete"] else f"unfinished, {facts['frames_ok']} of {facts['frames_planned']} frames"
+    colour = "RGB" if facts["channels"] == 3 else "grey"
+    lines = [
+        f"{facts['file']}: {state}, {facts['bytes'] / 1e6:.1f} MB"
+        + (", checksums verified" if facts["verified"] else ""),
+        f"  frames   {facts['frames_ok']} x {facts['width']} x {facts['height']} px, {facts['bits']}-bit {colour}, "
+        f"{facts['transfer']}",
+        "  depth    "
+        + ("metric: every focus distance is known" if facts["metric"] else "uncalibrated: relative (ordered, no unit)"),
+    ]
+    lens = facts["lens"]
+    if lens:
+        lines.append(
+            f"  lens     {1e3 * lens['focal_length_m']:.4g} mm f/{lens['f_number']:.3g}, "
+            f"pixel pitch {1e6 * lens['pixel_pitch_m']:.4g} um"
+        )
+    elif facts["lens_profile"]:
+        lines.append("  lens     calibrated profile stored in the stack")
+    else:
+        lines.append("  lens     unknown")
+    device = " ".join(str(facts["camera"].get(key, "")) for key in ("make", "model")).strip()
+    if device:
+        lines.append(f"  camera   {device}")
+    if facts["blur_range_px"] is not None:
+        low, high = facts["kappa_px_per_dpt"]
+        lines.append(
+            f"  blur     kappa {low:.4g} to {high:.4g} px/dpt; {facts['blur_range_px']:.1f} px over the sweep, "
+            f"{min(facts['blur_step_px']):.2f} to {max(facts['blur_step_px']):.2f} px between frames"
+        )
+    lines.append(f"  truth    {'true depth is stored' if facts['truth'] else 'none'}")
+    lines.append("  frame  status   focus m  +- m     focus dpt  command  exposure s  ISO    mean   clipped  file")
+    for frame in facts["frames"]:
+        if frame["status"] != "ok":
+            lines.append(f"  {frame['frame']:5d}  {frame['status']}")
+            continue
+        lines.append(
+            f"  {frame['frame']:5d}  ok       {_cell(frame['focus_distance_m'], 7)}  "
+            f"{_cell(frame['focus_distance_std_m'], 7, 2)}  {_cell(frame['focus_dpt'], 9)}  "
+            f"{_cell(frame['focus_command'], 7)}  {_cell(frame['exposure_time_s'], 10)}  {_cell(frame['iso'], 5)}  "
+            f"{_cell(frame['mean_level'], 5, 3)}  {100 * frame['clipped_fraction']:5.2f} %  {frame['file']}"
+        )
+    lines += [f"  warning: {warning}" for warning in facts["warnings"]]
+    return "\n".join(lines)
+
+
+def _cell(value: float, width: int, digits: int = 4) -> str:
+    """A number in `width` columns, `-` where it is unknown."""
+    return f"{'-' if math.isnan(value) else format(value, f'.{digits}g'):>{width}}"
 
 
 # --- plan
