@@ -3,29 +3,148 @@
     cost_volume(frames (B, S, 3, H, W), focus_dpt (B, S), kappa (B, S), hypotheses_dpt (N,) or (B, N),
                 *, valid=None (B, S, H, W), psf="disc", window_px=5) -> (B, N, H, W) float32
     hypotheses(focus_dpt (S,), kappa (S,), count, beyond_px=2.0) -> (count,) dioptres, uniform, ascending
+    plane_sweep(frames (S, 3, H, W), focus_dpt (S,), kappa (S,), *, valid=None (S, H, W), config) -> Estimate
 
 If a pixel lies at inverse depth q, the blur of every frame there is known: CoC_k = kappa_k (q_k - q). The frame that
 would be sharpest is then blurred to what each other frame should look like; no deconvolution is needed, because
 blurring a disc of diameter a by sqrt(b^2 - a^2) gives the second moment of a disc of diameter b. The hypothesis
-with the smallest difference wins. notes/performance.md 3 and notes/method.md 9b.5 compare this with other methods.
+with the smallest difference wins. Only fine detail is compared: beside a depth edge the frames also hold the smooth
+skirt of the other surface's blur, which would otherwise drag the edge outwards. notes/performance.md 3 and
+notes/method.md 9b.5 compare this with other methods.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reconstruct.estimate import Estimate
+from reconstruct.fusion import fuse, noise_variance
+from reconstruct.smoothing import box_mean, mirrored
+
 Psf = Literal["disc", "gaussian"]
 
 LEVEL_RATIO = 1.3  # neighbouring blur levels; a mix of two has the exact second moment in between
 FINEST_LEVEL_PX = 1.0
+DETAIL_SIGMA_PX = 2.0  # what a Gaussian of this width leaves is compared
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """How the plane sweep searches.
+
+    Attributes:
+        hypotheses: number of inverse depths tested; a parabola finds the minimum between them.
+        beyond_px: how far past the nearest and farthest focus they reach, pixels of CoC.
+        psf: shape of the blur.
+        window_px: side of the square over which differences are averaged; odd.
+        small_step: price of a change by one hypothesis between neighbouring pixels, in units of the cost.
+        jump: price of any larger change, where the image shows no edge.
+        edge: how fast an image edge makes jumps cheaper; per unit of the square root of linear light.
+    """
+
+    hypotheses: int = 40
+    beyond_px: float = 2.0
+    psf: Psf = "disc"
+    window_px: int = 5
+    small_step: float = 0.2
+    jump: float = 3.0
+    edge: float = 8.0
+
+
+def plane_sweep(
+    frames: Tensor,
+    focus_dpt: Tensor,
+    kappa: Tensor,
+    *,
+    valid: Tensor | None = None,
+    config: SweepConfig | None = None,
+) -> Estimate:
+    """Depth, its spread and the all-in-focus image of one stack; see `cost_volume` for the arguments without B.
+
+    frames (S, 3, H, W), focus_dpt and kappa (S,), valid (S, H, W). Memory: about 4 (2 N + 12 S) bytes a pixel for N
+    hypotheses, 0.5 GB for a megapixel; larger images are cut into tiles (`reconstruct/infer.py`).
+    """
+    config = config or SweepConfig()
+    tested = hypotheses(focus_dpt, kappa, config.hypotheses, config.beyond_px).to(frames.device)
+    cost = cost_volume(
+        frames[None],
+        focus_dpt[None],
+        kappa[None],
+        tested,
+        valid=None if valid is None else valid[None],
+        psf=config.psf,
+        window_px=config.window_px,
+    )[0]
+    guide = torch.nan_to_num(frames).clamp_min(0).mean(1).median(0).values.sqrt()
+    total = semi_global(cost, guide, config.small_step, config.jump, config.edge)
+    inverse_depth, std = peak(total, tested)
+    confidence = 1.0 / (1.0 + (std * kappa.mean()).square())
+    aif = fuse(frames, focus_dpt, kappa, inverse_depth, std, valid=valid)
+    return Estimate(inverse_depth, std, confidence, aif)
+
+
+def semi_global(cost: Tensor, guide: Tensor, small_step: float, jump: float, edge: float) -> Tensor:
+    """Cost volume (N, H, W) with each pixel's neighbours' opinion added along four directions (Hirschmueller 2008).
+
+    `guide` (H, W) is an image whose edges make depth jumps cheap.
+    """
+    price_down = small_step + jump * torch.exp(-edge * _step(guide, 0))
+    price_right = small_step + jump * torch.exp(-edge * _step(guide, 1))
+    down = _both_ways(cost.permute(1, 0, 2).contiguous(), price_down, small_step)
+    right = _both_ways(cost.permute(2, 0, 1).contiguous(), price_right.T.contiguous(), small_step)
+    return (down.permute(1, 0, 2) + right.permute(1, 2, 0)) / 4
+
+
+def _step(guide: Tensor, dim: int) -> Tensor:
+    """Absolute difference of each pixel to the one before it along `dim`, same shape."""
+    return torch.diff(guide, dim=dim, prepend=guide.narrow(dim, 0, 1)).abs()
+
+
+def _both_ways(cost: Tensor, jump: Tensor, small_step: float) -> Tensor:
+    """Path costs of `cost` (T, N, X) summed over both directions along T; `jump` (T, X): price from t - 1 to t."""
+    total = torch.zeros_like(cost)
+    length = cost.shape[0]
+    for backwards in (False, True):
+        order = range(length - 1, -1, -1) if backwards else range(length)
+        path = cost[order[0]].clone()
+        total[order[0]] += path
+        for t in order[1:]:
+            best = path.amin(0)
+            price = jump[t + 1] if backwards else jump[t]
+            step = path + small_step
+            arrived = torch.minimum(path, (best + price)[None])
+            torch.minimum(arrived[1:], step[:-1], out=arrived[1:])
+            torch.minimum(arrived[:-1], step[1:], out=arrived[:-1])
+            path = arrived.sub_(best).add_(cost[t])
+            total[t] += path
+    return total
+
+
+def peak(cost: Tensor, tested_dpt: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverse depth (H, W) at the minimum of `cost` (N, H, W), refined by a parabola, and its spread (H, W).
+
+    The spread is that of the distribution exp(-cost) around the minimum.
+    """
+    step = tested_dpt[1] - tested_dpt[0]
+    best = cost.argmin(0)
+    middle = best.clamp(1, cost.shape[0] - 2)
+    left, centre, right = (cost.gather(0, (middle + o)[None])[0] for o in (-1, 0, 1))
+    bend = left - 2 * centre + right
+    offset = (left - right) / (2 * bend.clamp_min(1e-6))
+    offset = torch.where(best == middle, offset.clamp(-0.5, 0.5), (best - middle).float())
+    inverse_depth = tested_dpt[0] + (middle + offset) * step
+    weight = torch.exp(cost.amin(0) - cost)
+    distance = tested_dpt[:, None, None] - inverse_depth
+    variance = (weight * distance.square()).sum(0) / weight.sum(0)
+    return inverse_depth, variance.sqrt()
 
 
 def hypotheses(focus_dpt: Tensor, kappa: Tensor, count: int, beyond_px: float = 2.0) -> Tensor:
@@ -105,19 +224,11 @@ def relative_exposure(luma: Tensor) -> Tensor:
     return ratio.clamp(0.9, 1.1)
 
 
-def noise_variance(luma: Tensor) -> Tensor:
-    """Variance of the pixel noise of `luma` (S, H, W), a scalar.
-
-    Read from the diagonal Haar band, where texture is weakest, in the frame that has least of it.
-    """
-    even = luma[:, : luma.shape[1] // 2 * 2, : luma.shape[2] // 2 * 2]
-    diagonal = (even[:, ::2, ::2] - even[:, 1::2, ::2] - even[:, ::2, 1::2] + even[:, 1::2, 1::2]) / 2
-    spread = diagonal.abs().flatten(1).median(1).values.min() / 0.6745
-    return spread.square().clamp_min(1e-8)
-
-
 class BlurLevels:
-    """The frames of one stack blurred by a ladder of discs, made when asked for and kept."""
+    """The detail in the frames of one stack, blurred by a ladder of discs; each made when asked for and kept.
+
+    `noise_share` is the part of white noise's variance that counts as detail.
+    """
 
     def __init__(self, luma: Tensor, largest_px: float, psf: Psf) -> None:
         self.luma = luma
@@ -126,21 +237,23 @@ class BlurLevels:
             self.diameters_px.append(self.diameters_px[-1] * LEVEL_RATIO)
         height, width = luma.shape[1:]
         pad = math.ceil(largest_px / 2) + 4
-        self._rows = _reflected(height, pad, luma.device)
-        self._cols = _reflected(width, pad, luma.device)
+        self._rows = mirrored(height, pad, luma.device)
+        self._cols = mirrored(width, pad, luma.device)
         self._pad, self._psf = pad, psf
         padded = luma[:, self._rows][:, :, self._cols]
         self._size = (padded.shape[1], padded.shape[2])
-        self._spectra = torch.fft.rfft2(padded)
+        detail = 1 - _transfer(*self._size, 4 * DETAIL_SIGMA_PX, "gaussian", str(luma.device))
+        self._spectra = torch.fft.rfft2(padded) * detail
+        self.noise_share = detail.square().mean()
         self._levels: dict[tuple[int, int], Tensor] = {}
 
     def level(self, frame: int, index: int) -> Tensor:
         """Frame `frame` blurred by `diameters_px[index]`, (H, W)."""
-        if index == 0:
-            return self.luma[frame]
         if (frame, index) not in self._levels:
-            transfer = _transfer(*self._size, self.diameters_px[index], self._psf, str(self.luma.device))
-            blurred = torch.fft.irfft2(self._spectra[frame] * transfer, s=self._size)
+            spectrum = self._spectra[frame]
+            if index:
+                spectrum = spectrum * _transfer(*self._size, self.diameters_px[index], self._psf, str(self.luma.device))
+            blurred = torch.fft.irfft2(spectrum, s=self._size)
             height, width = self.luma.shape[1:]
             inside = blurred[self._pad : self._pad + height, self._pad : self._pad + width]
             self._levels[frame, index] = inside.contiguous()
@@ -153,12 +266,6 @@ class BlurLevels:
         below, above = self.diameters_px[index], self.diameters_px[index + 1]
         mix = (diameter_px**2 - below**2) / (above**2 - below**2)
         return torch.lerp(self.level(frame, index), self.level(frame, index + 1), min(mix, 1.0))
-
-
-def _reflected(length: int, pad: int, device: torch.device) -> Tensor:
-    """Indices of a line of `length` pixels mirrored beyond its ends as often as `pad` needs."""
-    position = torch.arange(-pad, length + pad, device=device) % (2 * length)
-    return torch.where(position < length, position, 2 * length - 1 - position)
 
 
 @lru_cache(maxsize=64)
@@ -184,7 +291,7 @@ def _stack_cost(
     focus, gain, tested = (x.detach().cpu().double().numpy() for x in (focus_dpt, kappa, tested_dpt))
     coc_px = np.abs(gain[:, None] * (focus[:, None] - tested[None]))  # (S, N)
     levels = BlurLevels(luma, float(coc_px.max()), psf)
-    noise = noise_variance(luma)
+    noise = noise_variance(luma) * levels.noise_share
     n_frames = len(focus)
     cost = torch.empty((len(tested), *luma.shape[1:]), device=luma.device)
     for n in range(len(tested)):
@@ -195,7 +302,7 @@ def _stack_cost(
             if k == reference:
                 continue
             relative_px = math.sqrt(max(coc_px[k, n] ** 2 - coc_px[reference, n] ** 2, 0.0))
-            difference = levels.blurred(reference, relative_px) - luma[k]
+            difference = levels.blurred(reference, relative_px) - levels.level(k, 0)
             if mask is None:
                 energy.addcmul_(difference, difference)
             else:
@@ -208,14 +315,3 @@ def _stack_cost(
             mean = box_mean(energy, window_px) / box_mean(weight, window_px).clamp_min(1e-3)
         cost[n] = torch.log1p(mean / noise)
     return cost
-
-
-def box_mean(image: Tensor, window_px: int) -> Tensor:
-    """Mean of (H, W) over a square window of odd side, mirrored at the border; cv2 on the CPU, where it is 10 x faster."""
-    if image.device.type == "cpu":
-        return torch.from_numpy(cv2.blur(image.numpy(), (window_px, window_px), borderType=cv2.BORDER_REFLECT))
-    radius = window_px // 2
-    rows = _reflected(image.shape[0], radius, image.device)
-    cols = _reflected(image.shape[1], radius, image.device)
-    padded = image[rows][:, cols][None, None]
-    return F.avg_pool2d(F.avg_pool2d(padded, (window_px, 1), stride=1), (1, window_px), stride=1)[0, 0]

@@ -1,0 +1,115 @@
+"""All-in-focus image from frames and depth: what each frame still shows of each scale of detail, best combined.
+
+At inverse depth q, frame k shows detail of frequency f with contrast H_k = OTF(kappa_k (q_k - q), f). With Y_k the
+band of detail in frame k, a band of the sharp image is estimated as
+
+    A = sum_k w_k H_k Y_k / sum_k w_k H_k^2,    w_k = 1 / (noise + (MODEL_ERROR CoC_k)^2 signal)
+
+and then shrunk by signal / (signal + noise that is left). Where there is texture the sharpest frames decide, and the
+little blur between two focus settings is undone; where there is none, all frames are averaged, which removes noise.
+The bands are not decimated, so weights may change from pixel to pixel without seams.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from reconstruct.smoothing import gaussian_mean
+
+BAND_SIGMAS_PX = (0.6, 1.2, 2.4, 4.8)  # a band is what one of these Gaussians leaves of the band before it
+BAND_FREQUENCIES = (0.3, 0.16, 0.08, 0.04)  # cycles a pixel at which a band's contrast is read
+MODEL_ERROR = 0.2  # share of the signal that the blur model gets wrong, per pixel of CoC
+LEAST_CONTRAST = 0.2  # blur is undone by at most 1 / this
+DEPTH_CAUTION = 0.5  # standard errors of depth that are added to the blur
+
+
+def fuse(
+    frames: Tensor,
+    focus_dpt: Tensor,
+    kappa: Tensor,
+    inverse_depth_dpt: Tensor,
+    std_dpt: Tensor,
+    *,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """All-in-focus image, linear RGB (3, H, W), of `frames` (S, 3, H, W) whose depth is known.
+
+    Args:
+        focus_dpt: focus of each frame, (S,) in 1/m.
+        kappa: blur gain of each frame, (S,), pixels of CoC diameter per dioptre.
+        inverse_depth_dpt, std_dpt: depth and its standard error, (H, W).
+        valid: pixels that hold data, (S, H, W); None when all finite ones do.
+    """
+    mask = torch.isfinite(frames).all(1)
+    mask = mask if valid is None else mask & valid
+    seen = mask.sum(0)
+    filled = torch.where(mask[:, None], frames, 0.0)
+    common = filled.sum(0) / seen.clamp_min(1)
+    frames = torch.where(mask[:, None], frames, common)
+    gain, focus = kappa[:, None, None], focus_dpt[:, None, None]
+    coc = torch.hypot(gain * (focus - inverse_depth_dpt), DEPTH_CAUTION * gain * std_dpt)
+    sharpest = torch.where(mask, coc, torch.inf).argmin(0)
+    usable = mask | (seen == 0)
+    noise = _noise_variance(frames)
+    aif = torch.zeros_like(frames[0])
+    coarse, finer_sigma = frames, 0.0
+    for sigma, frequency in zip(BAND_SIGMAS_PX, BAND_FREQUENCIES, strict=True):
+        smooth = torch.stack([gaussian_mean(frame, sigma) for frame in coarse])
+        band, coarse = coarse - smooth, smooth
+        band_noise = noise * _noise_share(finer_sigma, math.hypot(finer_sigma, sigma))
+        signal = _signal(band, sharpest, band_noise, 2 * sigma)
+        weight = usable / (band_noise + (MODEL_ERROR * coc).square() * signal)
+        contrast = disc_contrast(coc, frequency).clamp_min(LEAST_CONTRAST)
+        share = weight * contrast
+        total = (share * contrast).sum(0)
+        noise_left = band_noise * share.square().sum(0) / total.square()
+        aif += (share[:, None] * band).sum(0) / total * (signal / (signal + noise_left))
+        finer_sigma = math.hypot(finer_sigma, sigma)
+    coarse_noise = noise / (4 * math.pi * finer_sigma**2)
+    ripple = torch.stack([frame - gaussian_mean(frame, 2 * BAND_SIGMAS_PX[-1]) for frame in coarse])
+    signal = _signal(ripple, sharpest, coarse_noise, 2 * BAND_SIGMAS_PX[-1])
+    weight = usable / (coarse_noise + (MODEL_ERROR * coc).square() * signal)
+    aif += (weight[:, None] * coarse).sum(0) / weight.sum(0)
+    return aif.clamp_min(0.0)
+
+
+def disc_contrast(coc_px: Tensor, frequency: float) -> Tensor:
+    """Contrast that a disc of diameter `coc_px` leaves of a wave of `frequency` cycles a pixel: 2 J1(x) / x."""
+    x = (math.pi * frequency * coc_px).clamp_min(1e-3)
+    return 2 * torch.special.bessel_j1(x) / x
+
+
+def _signal(band: Tensor, sharpest: Tensor, noise: Tensor, sigma_px: float) -> Tensor:
+    """Local variance of a band (S, 3, H, W) in the sharpest frame less its noise, (H, W), positive."""
+    picked = band.gather(0, sharpest.expand(1, 3, -1, -1))[0]
+    power = gaussian_mean(picked.square().mean(0, keepdim=True), sigma_px)[0]
+    return torch.maximum(power - noise, 0.01 * noise)
+
+
+def _noise_share(finer_sigma: float, sigma: float) -> float:
+    """Share of white noise's variance between Gaussians of two widths (0: the pixel itself)."""
+
+    def left(s: float) -> float:
+        return 1.0 if s == 0 else min(1.0, 1 / (4 * math.pi * s * s))
+
+    cross = left(math.sqrt((finer_sigma**2 + sigma**2) / 2))
+    return max(left(finer_sigma) + left(sigma) - 2 * cross, 0.01)
+
+
+def _noise_variance(frames: Tensor) -> Tensor:
+    """Variance of the pixel noise of one channel of `frames` (S, 3, H, W), a scalar."""
+    return torch.stack([noise_variance(frames[:, c]) for c in range(3)]).mean()
+
+
+def noise_variance(luma: Tensor) -> Tensor:
+    """Variance of the pixel noise of `luma` (S, H, W), a scalar.
+
+    Read from the diagonal Haar band, where texture is weakest, in the frame that has least of it.
+    """
+    even = luma[:, : luma.shape[1] // 2 * 2, : luma.shape[2] // 2 * 2]
+    diagonal = (even[:, ::2, ::2] - even[:, 1::2, ::2] - even[:, ::2, 1::2] + even[:, 1::2, 1::2]) / 2
+    spread = diagonal.abs().flatten(1).median(1).values.min() / 0.6745
+    return spread.square().clamp_min(1e-8)
