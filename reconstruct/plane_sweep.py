@@ -315,3 +315,41 @@ def _stack_cost(
             mean = box_mean(energy, window_px) / box_mean(weight, window_px).clamp_min(1e-3)
         cost[n] = torch.log1p(mean / noise)
     return cost
+
+
+GAIN_SEARCH_PX = 160  # longer side of the reduced frames that the gain is sought on
+WIDEST_COC_PX = tuple(1.5 * 1.25**i for i in range(18))  # over the whole sweep, in reduced pixels; up to 67 px
+
+
+def estimate_gain(frames: Tensor, focus_dpt: Tensor) -> float:
+    """Blur gain in pixels of CoC per dioptre of `focus_dpt` that explains `frames` (S, 3, H, W) best.
+
+    One gain for all frames, from a search over what the best hypothesis leaves unexplained. Only the frames' own
+    blur tells, so an error of a tenth is normal, and a scene at one depth without texture says nothing at all.
+    """
+    span = float(focus_dpt.max() - focus_dpt.min())
+    factor = max(1, math.ceil(max(frames.shape[2:]) / GAIN_SEARCH_PX))
+    small = F.avg_pool2d(torch.nan_to_num(frames), factor)
+    widest = [w for w in WIDEST_COC_PX if w < min(small.shape[2:]) / 2] or [WIDEST_COC_PX[0]]
+    left = []
+    for coc_px in widest:
+        kappa = torch.full_like(focus_dpt, coc_px / span)
+        cost = cost_volume(small[None], focus_dpt[None], kappa[None], hypotheses(focus_dpt, kappa, 24))
+        left.append(float(cost[0].amin(0).mean()))
+    best = int(np.argmin(left))
+    at = math.log(widest[best])
+    if 0 < best < len(left) - 1:
+        below, lowest, above = left[best - 1 : best + 2]
+        at += math.log(1.25) * (below - above) / (2 * (below - 2 * lowest + above) + 1e-12)
+    return math.exp(at) * factor / span
+
+
+def relative_optics(frames: Tensor) -> tuple[Tensor, Tensor]:
+    """Focus coordinates (S,) and blur gains (S,) for a stack whose focus distances are unknown.
+
+    The sweep is taken to be in frame order and even in dioptres: frame 0 is at 1, the last at 0. Depth found with
+    them is affine in inverse depth with unknown scale, offset and, if the sweep ran far to near, sign
+    (design section 2); mark it `metric=False`.
+    """
+    focus = torch.linspace(1, 0, frames.shape[0], device=frames.device)
+    return focus, torch.full_like(focus, estimate_gain(frames, focus))
