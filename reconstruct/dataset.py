@@ -1,0 +1,399 @@
+"""Training stacks: simulated ones with their truth, and crops of captured ones without.
+
+Simulated scenes are drawn from a seed (textured objects at many depths over slanted grounds) and seen through the
+aperture-sampled camera of `capture/optics.py`, which shares no code with the training renderer. Everything that a
+lens or a sensor can do is drawn at random: blur range, number and spacing of frames, shape of the blur, breathing,
+shake, noise, bit depth, exposure, errors of the focus readings. Dioptres are arbitrary here (every sweep runs over
+about 1 dpt), because the network only sees blur.
+
+Which stack a training step sees is a pure function of (seed, step): a run that was killed continues bit for bit.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from capture.optics import ApertureRenderer, Psf
+from capture.scenes import Scene, srgb_to_linear
+
+PHOTOGRAPHS = (
+    "astronaut",
+    "chelsea",
+    "coffee",
+    "rocket",
+    "brick",
+    "grass",
+    "gravel",
+    "camera",
+    "coins",
+    "page",
+    "text",
+)
+SWEEP = 13  # frames rendered of each scene; every training stack is a choice among them
+FAR_DPT, NEAR_DPT = 0.5, 1.5  # the sweep of every simulated scene
+
+
+class StackBatch:
+    """Stacks of equal size and length.
+
+    Attributes:
+        frames: linear RGB, (B, S, 3, H, W).
+        focus_dpt, kappa: what the camera claims, (B, S).
+        inverse_depth_dpt: truth, (B, 1, H, W), NaN where unknown; None for captured stacks.
+        aif: true all-in-focus image, (B, 3, H, W), or None.
+    """
+
+    def __init__(
+        self,
+        frames: Tensor,
+        focus_dpt: Tensor,
+        kappa: Tensor,
+        inverse_depth_dpt: Tensor | None = None,
+        aif: Tensor | None = None,
+    ) -> None:
+        self.frames, self.focus_dpt, self.kappa = frames, focus_dpt, kappa
+        self.inverse_depth_dpt, self.aif = inverse_depth_dpt, aif
+
+    def to(self, device: torch.device) -> StackBatch:
+        """The same batch on `device`."""
+        parts = (self.frames, self.focus_dpt, self.kappa, self.inverse_depth_dpt, self.aif)
+        return StackBatch(*(None if x is None else x.to(device, non_blocking=True) for x in parts))  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------------------------------ scenes
+
+
+@lru_cache(maxsize=1)
+def _photographs() -> tuple[NDArray[np.float32], ...]:
+    """scikit-image's freely licensed photographs in linear light, (H, W, 3) each, and half size."""
+    from skimage import data
+
+    images = []
+    for name in PHOTOGRAPHS:
+        image = np.asarray(getattr(data, name)())
+        if image.ndim == 2:
+            image = np.repeat(image[..., None], 3, axis=2)
+        linear = srgb_to_linear(image[..., :3] / 255.0)
+        images.append(linear)
+        images.append(cv2.resize(linear, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA))
+    return tuple(images)
+
+
+def _fractal(rng: np.random.Generator, size: int, slope: float) -> NDArray[np.float32]:
+    """Noise with amplitude spectrum 1 / f^slope, (size, size), mean 0, standard deviation 1."""
+    f = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None]) + 1.0 / size
+    phase = rng.random(f.shape) * 2 * np.pi
+    noise = np.fft.irfft2(np.exp(1j * phase) / f**slope, s=(size, size))
+    return ((noise - noise.mean()) / noise.std()).astype(np.float32)
+
+
+def _photo_texture(rng: np.random.Generator, size: int) -> NDArray[np.float32]:
+    image = _photographs()[rng.integers(len(_photographs()))]
+    height, width = image.shape[:2]
+    zoom = float(np.exp(rng.uniform(np.log(0.5), np.log(2.2))))
+    angle = rng.uniform(-25, 25) if rng.random() < 0.4 else 0.0
+    matrix = cv2.getRotationMatrix2D((rng.uniform(0, width), rng.uniform(0, height)), angle, zoom)
+    matrix[:, 2] += size / 2 - matrix[:, :2] @ np.array([width, height]) * rng.uniform(0.2, 0.8)
+    if zoom < 1:
+        image = cv2.GaussianBlur(image, (0, 0), 0.4 / zoom)
+    crop = cv2.warpAffine(image, matrix, (size, size), flags=cv2.INTER_CUBIC, borderMode=cv2.BORDER_REFLECT_101)
+    crop = np.clip(crop, 0, 1)
+    if rng.random() < 0.5:
+        crop = crop[:, ::-1]
+    return crop ** np.float32(rng.uniform(0.7, 1.4))
+
+
+def _pattern_texture(rng: np.random.Generator, size: int) -> NDArray[np.float32]:
+    y, x = np.mgrid[:size, :size].astype(np.float32)
+    angle, period = rng.uniform(0, np.pi), float(np.exp(rng.uniform(np.log(4), np.log(50))))
+    u = (x * np.cos(angle) + y * np.sin(angle)) / period * 2 * np.pi
+    v = (-x * np.sin(angle) + y * np.cos(angle)) / period * 2 * np.pi
+    kind = rng.integers(5)
+    if kind == 0:
+        mask = np.sin(u)
+    elif kind == 1:
+        mask = np.sign(np.sin(u) * np.sin(v))
+    elif kind == 2:
+        mask = np.sign(np.sin(u))
+    elif kind == 3:
+        mask = np.sign(_fractal(rng, size, 1.6) - rng.uniform(-0.7, 0.7))
+    else:  # strokes, like print
+        mask = np.full((size, size), -1.0, np.float32)
+        for _ in range(int(rng.integers(20, 200))):
+            p = rng.integers(0, size, 2)
+            q = p + rng.integers(-14, 15, 2)
+            cv2.line(mask, tuple(map(int, p)), tuple(map(int, q)), 1.0, int(rng.integers(1, 4)), cv2.LINE_AA)
+    one, two = rng.random((2, 3)).astype(np.float32) ** 1.5
+    return one + (two - one) * (0.5 + 0.5 * mask[..., None].astype(np.float32))
+
+
+def _leaves_texture(rng: np.random.Generator, size: int) -> NDArray[np.float32]:
+    """Dead leaves: discs of all sizes over one another, with the statistics of natural edges."""
+    image = np.full((size, size, 3), 0.3, np.float32)
+    for _ in range(int(rng.integers(60, 500))):
+        radius = int(2 / (rng.random() + 0.03))
+        colour = tuple(float(c) for c in rng.random(3) ** 1.5)
+        cv2.circle(image, tuple(int(c) for c in rng.integers(0, size, 2)), radius, colour, -1, cv2.LINE_AA)
+    return image
+
+
+def _texture(rng: np.random.Generator, size: int) -> NDArray[np.float32]:
+    """One surface's colours, (size, size, 3) linear; about a quarter of the surfaces have next to no texture."""
+    kind = rng.random()
+    if kind < 0.42:
+        image = _photo_texture(rng, size)
+    elif kind < 0.54:
+        image = _pattern_texture(rng, size)
+    elif kind < 0.64:
+        image = _leaves_texture(rng, size)
+    else:
+        slope, contrast = rng.uniform(0.6, 1.9), float(np.exp(rng.uniform(np.log(0.004), np.log(0.6))))
+        noise = np.stack([_fractal(rng, size, slope)] * 3, -1)
+        if rng.random() < 0.4:
+            noise += 0.5 * np.stack([_fractal(rng, size, slope) for _ in range(3)], -1)
+        image = rng.uniform(0.03, 0.9, 3).astype(np.float32) * np.exp(contrast * noise).astype(np.float32)
+    if rng.random() < 0.25:  # nearly plain: keep a trace of the pattern
+        image = image.mean((0, 1)) + (image - image.mean((0, 1))) * np.float32(np.exp(rng.uniform(-4.5, -1)))
+    if rng.random() < 0.5:
+        image = image * rng.uniform(0.5, 1.3, 3).astype(np.float32)
+    return np.clip(image, 0, 1).astype(np.float32)
+
+
+def _shape_mask(rng: np.random.Generator, size: int) -> NDArray[np.uint8]:
+    """Outline of one object, (size, size) 0 or 1."""
+    mask = np.zeros((size, size), np.uint8)
+    centre = rng.uniform(-0.05, 1.05, 2) * size
+    extent = size * float(np.exp(rng.uniform(np.log(0.04), np.log(0.45))))
+    angle, kind = rng.uniform(0, 360), rng.random()
+    if kind < 0.3:
+        axes = (max(1, int(extent)), max(1, int(extent * rng.uniform(0.3, 1))))
+        cv2.ellipse(mask, (int(centre[0]), int(centre[1])), axes, angle, 0, 360, 1, -1)
+    elif kind < 0.6:
+        box = cv2.boxPoints((tuple(centre), (2 * extent, 2 * extent * rng.uniform(0.25, 1)), angle))
+        cv2.fillPoly(mask, [box.astype(np.int32)], 1)
+    elif kind < 0.8:
+        count = int(rng.integers(3, 12))
+        turns = np.sort(rng.random(count)) * 2 * np.pi
+        radius = extent * rng.uniform(0.4, 1.2, count)
+        points = centre + np.stack([radius * np.cos(turns), radius * np.sin(turns)], 1)
+        cv2.fillPoly(mask, [points.astype(np.int32)], 1)
+    elif kind < 0.92:  # bars, wires, legs
+        half = rng.uniform(0.2, 0.8) * size * np.array([np.cos(angle), np.sin(angle)])
+        ends = [tuple(int(c) for c in centre + sign * half) for sign in (1, -1)]
+        cv2.line(mask, ends[0], ends[1], 1, int(np.exp(rng.uniform(np.log(2), np.log(18)))))
+    else:
+        mask = (cv2.GaussianBlur(_fractal(rng, size, 2.2), (0, 0), 2) > rng.uniform(0.3, 1.2)).astype(np.uint8)
+    return mask
+
+
+def _surface(rng: np.random.Generator, size: int, centre_dpt: float, tilt_dpt: float) -> NDArray[np.float32]:
+    """Inverse depth of a plane, or of a gently curved one, (size, size)."""
+    y, x = np.mgrid[-1 : 1 : size * 1j, -1 : 1 : size * 1j].astype(np.float32)
+    plane = centre_dpt + tilt_dpt * (x * rng.normal() + y * rng.normal())
+    if rng.random() < 0.3:
+        plane = plane + tilt_dpt * rng.normal() * cv2.GaussianBlur(_fractal(rng, size, 2.5), (0, 0), 4)
+    return plane.astype(np.float32)
+
+
+def procedural_training_scene(seed: Sequence[int], size: int) -> Scene:
+    """One square scene: a tilted ground or a room, and objects at many depths in front of it.
+
+    Inverse depth mostly lies within [FAR_DPT, NEAR_DPT] and sometimes a little outside.
+    """
+    rng = np.random.default_rng([*seed, 1])
+    fine = 2 * size  # drawn at twice the size so that edges of colour are as soft as a sensor makes them
+    low, high = FAR_DPT, NEAR_DPT
+    if rng.random() < 0.3:  # a shallow scene within a long sweep
+        low, high = np.sort(rng.uniform(FAR_DPT, NEAR_DPT, 2))
+        high = max(high, low + 0.15)
+    span = high - low
+    image = _texture(rng, fine)
+    depth = _surface(rng, fine, low + span * rng.beta(1, 2), span * rng.uniform(0.0, 0.5))
+    if rng.random() < 0.35:  # a floor or a wall meeting the ground
+        other = _surface(rng, fine, low + span * rng.uniform(0.3, 0.9), span * 0.6)
+        mask = other > depth
+        depth, image = np.where(mask, other, depth), np.where(mask[..., None], _texture(rng, fine), image)
+    objects = int(rng.integers(1, 14))
+    order = np.sort(rng.random(objects)) if rng.random() < 0.8 else rng.random(objects)
+    for place in order:
+        mask = _shape_mask(rng, fine)
+        surface = _surface(rng, fine, low + span * float(place), span * float(rng.choice([0.0, 0.05, 0.25])))
+        if rng.random() < 0.3:  # a rounded body
+            inside = cv2.distanceTransform(mask, cv2.DIST_L2, 3)
+            surface = surface + span * rng.uniform(0.02, 0.15) * np.sqrt(inside / max(float(inside.max()), 1.0))
+        visible = (mask > 0) & ((surface > depth) | (rng.random() < 0.3))
+        depth = np.where(visible, surface, depth)
+        image = np.where(visible[..., None], _texture(rng, fine), image)
+    if rng.random() < 0.6:  # uneven light
+        image = image * np.exp(0.35 * cv2.GaussianBlur(_fractal(rng, fine, 2.0), (0, 0), 8))[..., None]
+    depth = np.clip(depth, FAR_DPT - 0.12, NEAR_DPT + 0.12)
+    aif = cv2.resize(np.clip(image, 0, 1).astype(np.float32), (size, size), interpolation=cv2.INTER_AREA)
+    brightness = rng.uniform(0.35, 1.0) / max(float(np.percentile(aif, 99)), 0.05)
+    aif = np.clip(aif * brightness, 0.001, 1)
+    return Scene(aif.astype(np.float32), (1.0 / depth[::2, ::2]).astype(np.float32), f"procedural-{seed}")
+
+
+# ---------------------------------------------------------------------------------------------- rendered sweeps
+
+
+@dataclass(frozen=True)
+class RenderedScene:
+    """A simulated scene through a simulated lens, noiseless: `SWEEP` frames and the truth.
+
+    Attributes:
+        frames: square root of linear light as uint16, (SWEEP, H, W, 3).
+        focus_dpt, kappa: (SWEEP,).
+        inverse_depth_dpt: (H, W); aif: (H, W, 3), same coding as `frames`.
+    """
+
+    frames: NDArray[np.uint16]
+    focus_dpt: NDArray[np.float32]
+    kappa: NDArray[np.float32]
+    inverse_depth_dpt: NDArray[np.float32]
+    aif: NDArray[np.uint16]
+
+
+def _encode(linear: NDArray[np.float32]) -> NDArray[np.uint16]:
+    return np.rint(np.sqrt(np.clip(linear, 0, 1)) * 65535).astype(np.uint16)
+
+
+def _decode(coded: NDArray[np.uint16]) -> NDArray[np.float32]:
+    return np.square(coded.astype(np.float32) / np.float32(65535))
+
+
+def render_scene(seed: Sequence[int], size: int) -> RenderedScene:
+    """The sweep of one scene through a random lens; a pure function of its arguments."""
+    scene = procedural_training_scene(seed, size)
+    rng = np.random.default_rng([*seed, 2])
+    range_px = float(np.exp(rng.uniform(np.log(5), np.log(36))))
+    bend = rng.uniform(0.0, 0.08)  # f q of the thin lens: gain grows a little towards near focus
+    focus = np.linspace(FAR_DPT, NEAR_DPT, SWEEP)
+    if rng.random() < 0.3:
+        focus = np.sort(focus + rng.normal(0, 0.02, SWEEP))
+    kappa = range_px / (NEAR_DPT - FAR_DPT) * (1 - bend) / (1 - bend * focus)
+    psf: Psf = rng.choice(["disc", "gaussian", "hexagon"], p=[0.5, 0.35, 0.15])
+    moving = rng.random() < 0.35
+    breathing = rng.normal(0, 0.006) if moving else 0.0
+    shake_px = rng.uniform(0, 0.4) if moving else 0.0
+    softness_px = rng.uniform(0.3, 0.7) if rng.random() < 0.4 else 0.0
+    quality = "full" if rng.random() < 0.12 else "fast"
+    renderer = ApertureRenderer(scene, float(kappa.max()))
+    frames = []
+    for q, k in zip(focus, kappa, strict=True):
+        shift = (float(rng.normal(0, shake_px)), float(rng.normal(0, shake_px))) if moving else (0.0, 0.0)
+        frame = renderer.frame(
+            float(q), float(k), psf=psf, quality=quality, magnification=1 + breathing * (q - 1), shift_px=shift
+        )
+        frames.append(cv2.GaussianBlur(frame, (0, 0), softness_px) if softness_px else frame)
+    return RenderedScene(
+        _encode(np.stack(frames)),
+        focus.astype(np.float32),
+        kappa.astype(np.float32),
+        scene.filled_inverse_depth_dpt(),
+        _encode(scene.aif),
+    )
+
+
+class ScenePool:
+    """Rendered scenes kept in a folder; one that is missing is rendered on the spot.
+
+    A scene takes a second or so to render and serves many steps through other choices of frames, crops and noise.
+    """
+
+    def __init__(self, folder: str | Path, seed: int, size: int) -> None:
+        self.folder, self.seed, self.size = Path(folder) / f"seed{seed}-{size}px", seed, size
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def path(self, index: int) -> Path:
+        """Where scene `index` is kept."""
+        return self.folder / f"{index:06d}.npz"
+
+    def __getitem__(self, index: int) -> RenderedScene:
+        path = self.path(index)
+        if not path.exists():
+            rendered = render_scene((self.seed, index), self.size)
+            partial = path.with_suffix(f".{os.getpid()}.partial")
+            with partial.open("wb") as file:
+                np.savez(file, **vars(rendered))
+            partial.replace(path)
+            return rendered
+        with np.load(path, allow_pickle=False) as stored:
+            return RenderedScene(**{name: stored[name] for name in stored.files})
+
+
+def choose_frames(rng: np.random.Generator, count: int) -> NDArray[np.intp]:
+    """`count` of the SWEEP frames, in random order: even over the sweep, uneven, or over a part of it."""
+    kind = rng.random()
+    if kind < 0.5:
+        chosen = np.rint(np.linspace(0, SWEEP - 1, count)).astype(np.intp)
+    elif kind < 0.85:
+        inner = rng.choice(np.arange(1, SWEEP - 1), count - 2, replace=False)
+        chosen = np.concatenate([[0, SWEEP - 1], inner]).astype(np.intp)
+    else:
+        length = int(rng.integers(max(count, SWEEP // 2), SWEEP + 1))
+        start = int(rng.integers(0, SWEEP - length + 1))
+        chosen = start + np.rint(np.linspace(0, length - 1, count)).astype(np.intp)
+    return rng.permutation(chosen)
+
+
+def training_stack(
+    scene: RenderedScene, rng: np.random.Generator, frames: int, crop: int
+) -> tuple[NDArray[np.float32], ...]:
+    """One crop as a camera would deliver it: (frames (S, 3, h, w), focus_dpt, kappa, inverse depth (1, h, w), aif).
+
+    Draws frames, crop, mirror and quarter turns, exposure, noise, bit depth, and errors of the focus readings.
+    """
+    height, width = scene.inverse_depth_dpt.shape
+    top, left = int(rng.integers(0, height - crop + 1)), int(rng.integers(0, width - crop + 1))
+    window = np.s_[top : top + crop, left : left + crop]
+    chosen = choose_frames(rng, frames)
+    exposure = rng.uniform(0.25, 1.0)
+    image = _decode(scene.frames[chosen][:, window[0], window[1]]) * np.float32(exposure)
+    if rng.random() < 0.3:
+        image = image * (1 + rng.normal(0, 0.01, (frames, 1, 1, 1))).astype(np.float32)
+    noise_std = float(np.exp(rng.uniform(np.log(0.001), np.log(0.04))))
+    image = image + noise_std * np.sqrt(image + np.float32(0.01)) * rng.standard_normal(image.shape, dtype=np.float32)
+    image = np.clip(image, 0, 1)
+    if rng.random() < 0.6:  # 8 bit, in a gamma close to sRGB
+        image = (np.rint(image ** np.float32(1 / 2.2) * 255) / np.float32(255)) ** np.float32(2.2)
+    focus = scene.focus_dpt[chosen]
+    if rng.random() < 0.5:
+        focus = focus + (np.ptp(focus) * rng.uniform(0, 0.025) * rng.standard_normal(frames)).astype(np.float32)
+    inverse, aif = scene.inverse_depth_dpt[window][None], _decode(scene.aif[window]) * np.float32(exposure)
+    image, aif = image.transpose(0, 3, 1, 2), aif.transpose(2, 0, 1)
+    turn, mirror = int(rng.integers(4)), rng.random() < 0.5
+
+    def orient(x: NDArray[np.float32]) -> NDArray[np.float32]:
+        x = np.rot90(x, turn, axes=(-2, -1))
+        return np.ascontiguousarray(x[..., ::-1] if mirror else x)
+
+    return orient(image), focus, scene.kappa[chosen], orient(inverse), orient(aif)
+
+
+class SimulatedBatches:
+    """Batches of simulated stacks; `batch(step)` is a pure function of (seed, step).
+
+    The pool grows with the step, so that training can start before all scenes are rendered.
+    """
+
+    def __init__(self, pool: ScenePool, scenes: int, first: int, batch: int, crop: int) -> None:
+        self.pool, self.scenes, self.first, self.size, self.crop = pool, scenes, first, batch, crop
+
+    def batch(self, step: int, rank: int = 0) -> StackBatch:
+        """The batch of `step` for process `rank`."""
+        rng = np.random.default_rng([self.pool.seed, 3, step, rank])
+        frames = int(rng.choice([2, 3, 4, 5, 6, 7, 8, 10], p=[0.04, 0.1, 0.14, 0.34, 0.12, 0.12, 0.08, 0.06]))
+        available = min(self.scenes, self.first + step * self.size // 16)
+        chosen = rng.integers(0, available, self.size)
+        parts = [training_stack(self.pool[int(i)], rng, frames, self.crop) for i in chosen]
+        return StackBatch(*(torch.from_numpy(np.stack(x)) for x in zip(*parts, strict=True)))

@@ -1,0 +1,404 @@
+"""DAIF-Net: a focal stack in, inverse depth with its spread and an all-in-focus image out.
+
+Two presets share this file.
+
+`DefaultNet` knows the optics. Everything it sees is in blur units: dioptre hypotheses are placed between the
+focus settings of the stack and become signed CoC diameters in pixels, c = kappa (q_s - q). It never sees a
+millimetre, so one set of weights serves every lens, spacing and number of frames. Frames are pooled by weights
+that depend on c alone, so their order does not matter.
+
+`PaperNet` is the network of "Fully Self-Supervised Depth Estimation from Defocus Clue" (arXiv 2303.10752) as its
+authors coded it (notes/method.md section 2).
+
+Letters: B batch, S frames, D hypotheses, (H, W) pixels, (h, w) = (H/2, W/2).
+"""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_right
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LUMA = (0.2126, 0.7152, 0.0722)
+
+
+class NetworkOutput(NamedTuple):
+    """What a network says about a batch of stacks.
+
+    Attributes:
+        inverse_depth_dpt: (B, 1, H, W), 1/m.
+        std_dpt: (B, 1, H, W), one standard deviation of the above; not calibrated.
+        aif: (B, 3, H, W) linear RGB.
+        logits: (B, D, h, w) log-weights of the hypotheses, None for `PaperNet`.
+    """
+
+    inverse_depth_dpt: Tensor
+    std_dpt: Tensor
+    aif: Tensor
+    logits: Tensor | None = None
+
+
+# ---------------------------------------------------------------------------------------------- focus volume
+
+
+class Hypotheses(NamedTuple):
+    """Where depth may be: `dpt` (B, D) ascending, `step_px` (B,) their spacing in pixels of CoC diameter."""
+
+    dpt: Tensor
+    step_px: Tensor
+
+
+def place_hypotheses(focus_dpt: Tensor, kappa: Tensor, count: int) -> Hypotheses:
+    """`count` dioptres evenly over the swept range, widened by 5 % of it plus 1 px of blur on either side.
+
+    Blur is linear in dioptres, so even spacing here is even spacing in blur, whatever the lens.
+    """
+    kappa_ref = kappa.mean(1)
+    low, high = focus_dpt.amin(1), focus_dpt.amax(1)
+    margin = 0.05 * (high - low) + 1.0 / kappa_ref
+    low, high = low - margin, high + margin
+    ramp = torch.linspace(0.0, 1.0, count, device=focus_dpt.device, dtype=focus_dpt.dtype)
+    dpt = low[:, None] + (high - low)[:, None] * ramp
+    return Hypotheses(dpt, kappa_ref * (high - low) / (count - 1))
+
+
+SCALE_SIGMA_PX = (0.0, 0.5, 0.75, 1.1, 1.6, 2.3, 3.3, 4.7, 6.7, 9.5)
+
+
+def _gaussian_taps(sigma_px: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    radius = max(1, round(3.0 * sigma_px))
+    x = torch.arange(-radius, radius + 1, device=device, dtype=dtype)
+    taps = torch.exp(-0.5 * (x / sigma_px) ** 2)
+    return taps / taps.sum()
+
+
+def _blur(image: Tensor, sigma_px: float) -> Tensor:
+    """`image` (N, 1, H, W) blurred by a separable Gaussian, edges replicated."""
+    taps = _gaussian_taps(sigma_px, image.device, image.dtype)
+    radius = taps.numel() // 2
+    image = F.pad(image, (radius, radius, radius, radius), mode="replicate")
+    return F.conv2d(F.conv2d(image, taps.view(1, 1, 1, -1)), taps.view(1, 1, -1, 1))
+
+
+def scale_space(luma: Tensor) -> Tensor:
+    """Every frame at every blur of `SCALE_SIGMA_PX`: (N, H, W) -> (L, N, H, W), each level from the one before."""
+    levels = [luma]
+    for before, after in itertools.pairwise(SCALE_SIGMA_PX):
+        levels.append(_blur(levels[-1][:, None], (after**2 - before**2) ** 0.5)[:, 0])
+    return torch.stack(levels)
+
+
+def relative_blur_residual(luma: Tensor, coc_px: Tensor, ranks: int) -> Tensor:
+    """How badly the sharpest frame, blurred further, explains the next sharpest ones; (D, ranks, h, w).
+
+    For a hypothesis q the frame with the smallest |c| is blurred by sqrt(sigma_s^2 - sigma_0^2), sigma = |c| / 4
+    (the Gaussian with the second moment of a disc), and compared with the frames of rank 1..`ranks`; the absolute
+    difference is averaged over 2 x 2 pixels. With fewer frames the last rank is repeated.
+
+    Args:
+        luma: one stack, (S, H, W), even H and W.
+        coc_px: signed CoC diameter of each hypothesis in each frame, (D, S).
+    """
+    frames = luma.shape[0]
+    levels = scale_space(luma)
+    variances = [sigma**2 for sigma in SCALE_SIGMA_PX]
+    magnitude, order = coc_px.abs().cpu().sort(dim=1)
+    residuals: list[Tensor] = []
+    for sizes, who in zip((magnitude / 4.0).tolist(), order.tolist(), strict=True):
+        for rank in range(1, ranks + 1):
+            if rank >= frames:
+                residuals.append(residuals[-1])
+                continue
+            variance = min(sizes[rank] ** 2 - sizes[0] ** 2, variances[-1] - 1e-3)
+            level = bisect_right(variances, variance) - 1
+            weight = (variance - variances[level]) / (variances[level + 1] - variances[level])
+            predicted = torch.lerp(levels[level, who[0]], levels[level + 1, who[0]], weight)
+            residuals.append(_mean_2x2(predicted.sub_(luma[who[rank]]).abs_()))
+    return torch.stack(residuals).unflatten(0, (coc_px.shape[0], ranks))
+
+
+def _mean_2x2(x: Tensor) -> Tensor:
+    rows = x[..., ::2, :] + x[..., 1::2, :]  # several times faster on a CPU than avg_pool2d
+    return (rows[..., ::2] + rows[..., 1::2]).mul_(0.25)
+
+
+# ------------------------------------------------------------------------------------------------- default net
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions with a shortcut."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(inputs, outputs, 3, stride, 1)
+        self.second = nn.Conv2d(outputs, outputs, 3, 1, 1)
+        nn.init.zeros_(self.second.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.leaky_relu(self.first(x), 0.1)
+        return F.leaky_relu(x + self.second(x), 0.1)
+
+
+class DefaultNet(nn.Module):
+    """The `default` preset: an optics-aware focus volume, a U-Net over it, a distribution over dioptres.
+
+    1. *Residuals*: per hypothesis, how badly the sharpest frame re-blurred explains the next sharpest
+       (`relative_blur_residual`, no weights).
+    2. *Features*: a shared encoder sees each frame; per hypothesis the frames are averaged with weights that are a
+       learned function of the signed CoC c alone. Any S, any order.
+    3. Both become two numbers per hypothesis and pixel; a U-Net at half resolution smooths them in context.
+    4. The answer is a *bounded residual* on the plain cost volume: softmax over hypotheses, its mean and spread.
+       A softmax cannot die, whatever the weights.
+    5. Convex upsampling to full size; the all-in-focus image is a weighting of the frames, by their blur at that
+       depth, plus a bounded residual.
+    """
+
+    HYPOTHESES = 32
+    RANKS = 3
+    FEATURES, HEADS = 8, 4
+    BOUND = 12.0  # largest change of a log-weight by the U-Net
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        w1, w2, w3, w4 = width, width * 3 // 2, width * 2, width * 3
+        self.encoder = nn.Sequential(
+            nn.Conv2d(3, 16, 5, 2, 2), nn.LeakyReLU(0.1), nn.Conv2d(16, self.FEATURES, 3, 1, 1), nn.LeakyReLU(0.1)
+        )
+        self.profile = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, self.HEADS))
+        self.mix = nn.Conv2d(self.HYPOTHESES * (self.RANKS + self.HEADS), 64, 1)
+        self.place = nn.Linear(self.HYPOTHESES * 3, 64)
+        self.stem = Block(64 + 2 * self.FEATURES + self.RANKS, w1)
+        self.down2, self.down3, self.down4 = Block(w1, w2, 2), Block(w2, w3, 2), Block(w3, w4, 2)
+        self.up3, self.up2, self.up1 = Block(w4 + w3, w3), Block(w3 + w2, w2), Block(w2 + w1, w1)
+        self.logit = nn.Conv2d(w1, self.HYPOTHESES, 3, 1, 1)
+        self.temperature = nn.Parameter(torch.tensor(2.0))
+        self.sharp = nn.Conv2d(self.FEATURES, 1, 1)
+        self.sharp_gain = nn.Parameter(torch.tensor(0.5))
+        self.guide = nn.Conv2d(w1 + 12, 32, 3, 1, 1)
+        self.detail = nn.Conv2d(32, 4 * 9 + 12 + 4, 1)
+        for head in (self.logit, self.detail, self.sharp):
+            nn.init.normal_(head.weight, std=1e-3)
+            nn.init.zeros_(head.bias)
+
+    def forward(
+        self,
+        frames: Tensor,
+        focus_dpt: Tensor,
+        kappa: Tensor,
+        valid: Tensor | None = None,
+        brightness: Tensor | None = None,
+    ) -> NetworkOutput:
+        """Depth and all-in-focus image of a batch of stacks.
+
+        Args:
+            frames: linear RGB, (B, S, 3, H, W), S >= 2, H and W multiples of 16.
+            focus_dpt: focus settings, (B, S).
+            kappa: CoC pixels per dioptre, (B, S).
+            valid: (B, S, H, W), False where a frame has no data (after alignment); None means everywhere.
+            brightness: mean of the whole stack, (B,) or scalar, when `frames` are a part of it.
+        """
+        size_b, size_s, _, height, width = frames.shape
+        half = (height // 2, width // 2)
+        hypotheses = place_hypotheses(focus_dpt, kappa, self.HYPOTHESES)
+        coc_px = kappa[:, None, :] * (focus_dpt[:, None, :] - hypotheses.dpt[:, :, None])  # (B, D, S)
+
+        with torch.no_grad():
+            gain = frames.mean((1, 2, 3, 4)) if brightness is None else brightness.expand(size_b)
+            gain = gain.clamp_min(1e-4)[:, None, None, None, None]
+            scaled = frames / gain
+            luma = scaled[:, :, 0] * LUMA[0] + scaled[:, :, 1] * LUMA[1] + scaled[:, :, 2] * LUMA[2]
+            residual = torch.stack(
+                [relative_blur_residual(x, c, self.RANKS) for x, c in zip(luma, coc_px, strict=True)]
+            )  # (B, D, ranks, h, w)
+            average = residual.mean(1, keepdim=True)
+            floor = 0.01
+            ratio = residual / (average + floor)
+            base = F.avg_pool2d(ratio.mean(2), 5, 1, 2, count_include_pad=False)  # (B, D, h, w)
+            mean_luma = luma.mean(1, keepdim=True)
+            local = F.avg_pool2d(mean_luma, 9, 1, 4, count_include_pad=False) + 0.05
+            contrast = torch.log(average[:, 0] / F.avg_pool2d(local, 2).sqrt() + 0.003) / 2 + 1.5  # (B, ranks, h, w)
+
+        # local contrast, normalised alike in all frames of a stack
+        seen = (scaled / local[:, :, None] - 1.0).flatten(0, 1)
+        features = self.encoder(seen).unflatten(0, (size_b, size_s))  # (B, S, heads * per_head, h, w)
+        weights = self._frame_weights(coc_px, valid, half)
+        pooled = _pool_frames(weights, features[:, :, : self.HEADS])  # (B, D, heads, h, w)
+
+        where = self.place(self._hypothesis_features(coc_px, hypotheses.step_px).flatten(1))[..., None, None]
+        volume = torch.cat([(ratio - 1.0).flatten(1, 2), pooled.flatten(1, 2)], 1)
+        mixed = F.leaky_relu(self.mix(volume) + where, 0.1)
+        x1 = self.stem(torch.cat([mixed, features.mean(1), features.amax(1), contrast], 1))
+        x2 = self.down2(x1)
+        x3 = self.down3(x2)
+        x = self.down4(x3)
+        x = self.up3(torch.cat([_twice(x), x3], 1))
+        x = self.up2(torch.cat([_twice(x), x2], 1))
+        x = self.up1(torch.cat([_twice(x), x1], 1))
+
+        logits = -F.softplus(self.temperature) * base + self.BOUND * torch.tanh(self.logit(x) / self.BOUND)
+        probability = logits.softmax(1)
+        mean = (probability * hypotheses.dpt[:, :, None, None]).sum(1, keepdim=True)  # (B, 1, h, w)
+        variance = (probability * (hypotheses.dpt[:, :, None, None] - mean) ** 2).sum(1, keepdim=True)
+
+        sharpness = self.sharp(features.flatten(0, 1)).unflatten(0, (size_b, size_s))[:, :, 0]  # (B, S, h, w)
+        aif = self._fuse(frames, _twice(mean), focus_dpt, kappa, _twice(sharpness), valid)
+        guide = F.pixel_unshuffle(aif / gain[:, 0] / local - 1.0, 2)
+        detail = self.detail(F.leaky_relu(self.guide(torch.cat([x, guide], 1)), 0.1))
+        neighbours = detail[:, :36].unflatten(1, (9, 4)).softmax(1)
+        inverse_depth = _convex_twice(mean, neighbours)
+        second = _convex_twice(variance + mean**2, neighbours)
+        kappa_ref = kappa.mean(1)[:, None, None, None]
+        floor_px = F.softplus(F.pixel_shuffle(detail[:, 48:52], 2) - 1.5)
+        std = ((second - inverse_depth**2).clamp_min(0.0) + (floor_px / kappa_ref) ** 2).sqrt()
+
+        aif = self._fuse(frames, inverse_depth, focus_dpt, kappa, _twice(sharpness), valid)
+        touch = 0.3 * torch.tanh(F.pixel_shuffle(detail[:, 36:48], 2))
+        return NetworkOutput(inverse_depth, std, aif + touch * local * gain[:, 0], logits)
+
+    def _frame_weights(self, coc_px: Tensor, valid: Tensor | None, half: tuple[int, int]) -> Tensor:
+        """Weights of the frames at each hypothesis, a function of signed CoC only; (B, D, S, heads[, h, w])."""
+        size = coc_px.abs()
+        features = [
+            torch.tanh(coc_px / 2),
+            torch.tanh(coc_px / 8),
+            size / (size + 1),
+            size / (size + 4),
+            size / (size + 16),
+        ]
+        features.append(size.amin(2, keepdim=True) - size)
+        logits = self.profile(torch.stack([*features[:-1], torch.tanh(features[-1] / 8)], -1))
+        if valid is None:
+            return logits.softmax(2)
+        seen = F.interpolate(valid.to(logits.dtype), size=half, mode="area")[:, None, :, None]
+        return (logits[..., None, None] + torch.log(seen + 1e-4)).softmax(2)
+
+    @staticmethod
+    def _hypothesis_features(coc_px: Tensor, step_px: Tensor) -> Tensor:
+        """Where a hypothesis lies among the frames: two nearest CoC and the step, squashed; (B, D, 3)."""
+        near = coc_px.abs().sort(dim=2).values[:, :, :2]
+        step = torch.log(step_px)[:, None, None].expand(-1, coc_px.shape[1], 1)
+        return torch.cat([near / (near + 4.0), step / 2], 2)
+
+    def _fuse(
+        self,
+        frames: Tensor,
+        inverse_depth: Tensor,
+        focus_dpt: Tensor,
+        kappa: Tensor,
+        sharpness: Tensor,
+        valid: Tensor | None,
+    ) -> Tensor:
+        """Frames averaged with weights that fall with their blur at `inverse_depth`; (B, 3, H, W)."""
+        coc = (kappa[:, :, None, None] * (focus_dpt[:, :, None, None] - inverse_depth)).abs()
+        logits = sharpness - F.softplus(self.sharp_gain) * coc
+        if valid is not None:
+            logits = logits + torch.log(valid.to(logits.dtype) + 1e-4)
+        weights = logits.softmax(1)
+        return torch.einsum("bshw,bschw->bchw", weights, frames)
+
+
+def _pool_frames(weights: Tensor, features: Tensor) -> Tensor:
+    """Sum over frames of `weights` (B, D, S, J[, h, w]) times `features` (B, S, J, h, w): (B, D, J, h, w)."""
+    if weights.dim() == 4:
+        product = torch.matmul(weights.permute(0, 3, 1, 2), features.transpose(1, 2).flatten(3))  # (B, J, D, h w)
+        return product.unflatten(3, features.shape[3:]).transpose(1, 2)
+    return torch.einsum("bdsjhw,bsjhw->bdjhw", weights, features)
+
+
+def _twice(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+
+
+def _convex_twice(x: Tensor, weights: Tensor) -> Tensor:
+    """`x` (B, 1, h, w) at twice the size; each pixel is a convex mean of 3x3 neighbours, `weights` (B, 9, 4, h, w).
+
+    The upsampling of RAFT (Teed and Deng, 2020): edges stay as sharp as the guide that made the weights.
+    """
+    patches = F.unfold(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3).unflatten(2, x.shape[2:])  # (B, 9, h, w)
+    return F.pixel_shuffle((weights * patches[:, :, None]).sum(1), 2)
+
+
+# --------------------------------------------------------------------------------------------------- paper net
+
+
+class PaperNet(nn.Module):
+    """The `paper` preset: DAIF-Net as its authors coded it, 1,963,332 parameters at W = 16, D = 4.
+
+    Every frame passes the same encoder with a constant fourth channel, its focus distance in metres. At each level
+    the frames' maximum is concatenated to each frame; decoder and skips see maxima only. 3x3 convolutions with
+    ReLU, no normalisation; the last layer has a ReLU too, as published, although depth can die in it
+    (notes/method.md section 7.6).
+
+    Deviations, all outside the weights: sizes that are not multiples of 16 are padded by reflection by the caller and
+    cropped back; colours are RGB, not OpenCV's BGR; the frames are in linear light, because blur is; a depth below
+    `near_m` is reported as `near_m`, so that its inverse stays finite. It has no spread: `std_dpt` is NaN.
+
+    Args:
+        post: `clip` keeps metres, clamp(raw, 0, far); `norm` is the published default, raw / max(raw) scaled to
+            near..far, which pins the farthest pixel of every image to `far_m`.
+    """
+
+    def __init__(
+        self, width: int = 16, levels: int = 4, near_m: float = 0.1, far_m: float = 10.0, post: str = "clip"
+    ) -> None:
+        super().__init__()
+        self.near_m, self.far_m, self.post, self.levels = near_m, far_m, post, levels
+        widths = [width * 2**i for i in range(levels)]
+        self.down = nn.ModuleList(
+            nn.ModuleList([_conv(4 if i == 0 else w, w), _conv(w, w)]) for i, w in enumerate(widths)
+        )
+        self.bottleneck = _conv(2 * widths[-1], 2 * widths[-1])
+        self.up = nn.ModuleList(_conv(2 * w, w) for w in reversed(widths))
+        self.joint = nn.ModuleList(nn.ModuleList([_conv(2 * w, w), _conv(w, w)]) for w in reversed(widths))
+        self.out = nn.ModuleList([_conv(width, width), _conv(width, 4)])
+
+    def raw(self, frames: Tensor, focus_distance_m: Tensor) -> Tensor:
+        """The four output channels before any post-processing, (B, 4, H, W): RGB and depth, all >= 0."""
+        size_b, size_s, _, height, width = frames.shape
+        distance = focus_distance_m[:, :, None, None, None].expand(-1, -1, 1, height, width)
+        x = torch.cat([frames, distance], 2).flatten(0, 1)
+        skips = []
+        for first, second in self.down:  # type: ignore[misc]
+            x = F.relu(second(F.relu(first(x))))
+            skips.append(x.unflatten(0, (size_b, size_s)).amax(1))
+            own = F.max_pool2d(x, 2).unflatten(0, (size_b, size_s))
+            x = torch.cat([own, own.amax(1, keepdim=True).expand_as(own)], 2).flatten(0, 1)
+        x = F.relu(self.bottleneck(x)).unflatten(0, (size_b, size_s)).amax(1)
+        for up, (first, second) in zip(self.up, self.joint, strict=True):  # type: ignore[misc]
+            x = F.relu(up(F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)))
+            x = F.relu(second(F.relu(first(torch.cat([x, skips.pop()], 1)))))
+        return F.relu(self.out[1](F.relu(self.out[0](x))))
+
+    def depth_m(self, raw: Tensor) -> Tensor:
+        """Metres from the raw output, (B, 1, H, W), by the chosen post-operation."""
+        depth = raw[:, 3:]
+        if self.post == "norm":
+            largest = depth.amax((1, 2, 3), keepdim=True).clamp_min(1e-12)
+            return depth / largest * (self.far_m - self.near_m) + self.near_m
+        return depth.clamp(0.0, self.far_m)
+
+    def forward(
+        self,
+        frames: Tensor,
+        focus_dpt: Tensor,
+        kappa: Tensor,
+        valid: Tensor | None = None,
+        brightness: Tensor | None = None,
+    ) -> NetworkOutput:
+        """As `DefaultNet.forward`; the last three are not used, the published network knows no optics."""
+        raw = self.raw(frames, 1.0 / focus_dpt.clamp_min(1e-2))
+        inverse_depth = 1.0 / self.depth_m(raw).clamp_min(self.near_m)
+        return NetworkOutput(inverse_depth, torch.full_like(inverse_depth, torch.nan), raw[:, :3].clamp(0.0, 1.0))
+
+
+def _conv(inputs: int, outputs: int) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, 1, 1)
+
+
+def build(preset: str) -> DefaultNet | PaperNet:
+    """A freshly initialised network of `preset`, `default` or `paper`."""
+    return {"default": DefaultNet, "paper": PaperNet}[preset]()
