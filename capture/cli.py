@@ -21,6 +21,8 @@ def register(app: typer.Typer) -> None:
     app.command("info")(_info)
     app.command("pack")(_pack)
     app.command("plan")(_plan)
+    app.command("cameras")(_cameras)
+    app.command("capture")(_capture)
 
 
 # --- import, info, pack
@@ -237,6 +239,124 @@ def _stack_text(facts: dict[str, Any]) -> str:
 def _cell(value: float, width: int, digits: int = 4) -> str:
     """A number in `width` columns, `-` where it is unknown."""
     return f"{'-' if math.isnan(value) else format(value, f'.{digits}g'):>{width}}"
+
+
+# --- cameras and capture
+
+
+def _cameras(
+    probe: Annotated[
+        str | None, typer.Option(metavar="URI", help="Find out how this body's focus moves, and write its profile.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="--probe: where to write the profile.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the list as JSON.")] = False,
+) -> None:
+    """List the connected cameras and what each can do."""
+    import json
+
+    from capture.cameras.listing import found_cameras
+    from capture.cameras.probe import probe_focus, write_profile
+
+    if probe is not None:
+        profile = probe_focus(probe, ask=lambda question: typer.prompt(question, default="", show_default=False))
+        typer.echo(f"profile written to {write_profile(profile, output)}")
+        return
+    cameras = found_cameras()
+    if as_json:
+        typer.echo(json.dumps(cameras, indent=2))
+    elif not cameras:
+        typer.echo("no camera found; --camera simulated:motorcycle needs none")
+    for camera in [] if as_json else cameras:
+        typer.echo(f"{camera['uri']:<28} {camera['model']:<28} {camera['focus']}")
+
+
+def _capture(
+    camera: Annotated[str, typer.Option(help="gphoto2:, opencv:0, picamera2:, simulated:SCENE or replay:FOLDER.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The stack to write (.h5).")],
+    plan: Annotated[
+        Path | None, typer.Option(help="Plan written by `daif plan`; --resume finds it in the stack.")
+    ] = None,
+    lens: Annotated[str | None, typer.Option(help="lens.yaml of a calibration, or optics: '50mm f/2.8 12um'.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an unfinished stack.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing stack.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the frames and stop; no camera is touched.")
+    ] = False,
+    exposure: Annotated[str | None, typer.Option(help="Exposure time to lock: 1/60 or 0.5 (seconds).")] = None,
+    iso: Annotated[float | None, typer.Option(help="ISO to lock.")] = None,
+    f_number: Annotated[float | None, typer.Option(help="f-number to lock.")] = None,
+    white_balance: Annotated[str | None, typer.Option(help="White balance to lock, in the camera's word.")] = None,
+    settle: Annotated[float | None, typer.Option(min=0, help="Least wait after a move, seconds.")] = None,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Longest wait for a picture, seconds.")] = 30.0,
+    manual_focus: Annotated[
+        bool, typer.Option("--manual-focus", help="You turn the ring; daif says where to.")
+    ] = False,
+    prefer: Annotated[str, typer.Option(help="Which file becomes the frame: raw or jpeg.")] = "raw",
+    exif_distances: Annotated[
+        bool, typer.Option("--exif-distances", help="Trust the focus distance in the camera's files.")
+    ] = False,
+    allow_drift: Annotated[bool, typer.Option("--allow-drift", help="Keep frames whose brightness changed.")] = False,
+    delete_from_camera: Annotated[
+        bool, typer.Option("--delete-from-camera", help="Delete pictures from the card once they are stored here.")
+    ] = False,
+    camera_profile: Annotated[Path | None, typer.Option(help="Profile of the body (YAML); see --probe.")] = None,
+) -> None:
+    """Run a focus sweep: take, check and store its frames; Ctrl-C finishes the frame and stops resumable."""
+    from capture.cameras import open_camera
+    from capture.cameras.base import ExposureSettings
+    from capture.cameras.gphoto import parse_number
+    from capture.cameras.profiles import read_profile
+    from capture.plan import FocusSweep, read_lens
+    from capture.sweep import StopRequest, SweepOptions, run_sweep, stored_plan
+
+    if plan is None and not resume:
+        raise UsageError("say which frames to take: --plan plan.yaml (daif plan -o plan.yaml), or --resume")
+    sweep = FocusSweep.read(plan) if plan is not None else stored_plan(output)
+    optic = read_lens(lens) if lens else None
+    if dry_run:
+        typer.echo(_dry_run_text(sweep, optic, camera, output))
+        return
+    exposure_s = parse_number(exposure) if exposure else None
+    if exposure and not exposure_s:
+        raise UsageError(f"--exposure {exposure!r} must be seconds, such as 1/60 or 0.5")
+    device = open_camera(
+        camera,
+        profile=read_profile(camera_profile) if camera_profile else None,
+        delete_from_camera=delete_from_camera,
+        manual_focus=manual_focus,
+    )
+    options = SweepOptions(
+        exposure=ExposureSettings(exposure_s, iso, f_number, white_balance),
+        settle_s=settle,
+        grab_timeout_s=timeout,
+        allow_drift=allow_drift,
+        prefer=_choice(prefer, "--prefer", ("raw", "jpeg")),
+        exif_distances=exif_distances,
+        overwrite=force,
+    )
+    from capture.progress import sweep_display
+
+    with StopRequest() as stop, sweep_display() as display:
+        result = run_sweep(
+            device,
+            sweep,
+            output,
+            lens=optic,
+            options=options,
+            resume=resume,
+            stop=stop,
+            on_progress=display.update,
+            prompt=display.ask if manual_focus else None,
+        )
+    typer.echo(f"{result.path}: {result.n_frames} frames in {result.seconds:.1f} s")
+
+
+def _dry_run_text(sweep: FocusSweep, optic: Any, camera: str, output: Path) -> str:
+    """What a capture would do, without touching the camera."""
+    from capture.plan import assess
+
+    assessment = assess(sweep, optic) if optic is not None and sweep.spacing != "command" else None
+    return f"{camera} -> {output}\n{_plan_text(sweep, assessment, 2.5)}"
 
 
 # --- plan

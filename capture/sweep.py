@@ -247,6 +247,7 @@ class _Runner:
         self.writer: StackWriter | None = None
         self.start: float | None = None  # where the lens stood before us
         self.at: float | None = None  # where we sent it last; None when that is not known
+        self.previews = False
         self.still_level = 0.0
         self.previous: FrameSummary | None = None
         self.first_level: float | None = None
@@ -254,6 +255,7 @@ class _Runner:
         self.unchanged: list[int] = []
         self.white_balance: tuple[float, ...] | None = None  # of RAW files: every frame is developed like the first
         self.warnings: list[str] = []
+        self.early_events: list[tuple[str, dict[str, Any]]] = []  # of the time before there is a stack
 
     # --- the whole sweep
 
@@ -345,12 +347,13 @@ class _Runner:
     def _warn(self, kind: str, sentence: str, **details: Any) -> None:
         logger.warning(sentence)
         self.warnings.append(sentence)
-        if self.writer is not None:
-            self.writer.event(kind, text=sentence, **details)
+        self._event(kind, text=sentence, **details)
 
     def _event(self, kind: str, **details: Any) -> None:
         logger.info("%s %s", kind, details)
-        if self.writer is not None:
+        if self.writer is None:
+            self.early_events.append((kind, details))
+        else:
             self.writer.event(kind, **details)
 
     # --- camera
@@ -372,8 +375,12 @@ class _Runner:
         self._event("exposure_locked", **vars(locked))
         if capabilities.needs_live_view:
             self.camera.set_live_view(True)
-        if capabilities.preview:
-            self.still_level = self._noise_of_previews()
+        self.previews = capabilities.preview
+        if self.previews:
+            try:
+                self.still_level = self._noise_of_previews()
+            except UnsupportedControl:  # libgphoto2 claims live view for bodies that have none
+                self.previews = False
         self.at = None
         if capabilities.focus == "manual":
             return
@@ -449,7 +456,7 @@ class _Runner:
         capabilities = self._info.capabilities
         began = time.monotonic()
         time.sleep(capabilities.settle_s if self.options.settle_s is None else self.options.settle_s)
-        if not capabilities.preview:
+        if not self.previews:
             return time.monotonic() - began
         limit = 1.5 * self.still_level + 0.3
         before = self.camera.preview()
@@ -557,7 +564,8 @@ class _Runner:
         jpeg = [item for item in frame.originals if item[0].lower().endswith((".jpg", ".jpeg"))]
         name, data = (jpeg or frame.originals)[0] if self.options.prefer == "jpeg" else frame.originals[0]
         try:
-            return decode_image(data, name=name, white_balance=self.white_balance)
+            decoded = decode_image(data, name=name, white_balance=self.white_balance)
+            return decoded if frame.transfer == "unknown" else decoded._replace(transfer=frame.transfer)
         except DataError as error:
             raise CorruptFrame(
                 f"{name} ({len(data)} bytes) cannot be decoded", stage="decode", native_text=str(error)
@@ -604,6 +612,8 @@ class _Runner:
     ) -> None:
         if self.writer is None:
             self.writer = cleanup.enter_context(self._create(frame, image))
+            for kind, details in self.early_events:
+                self.writer.event(kind, **details)
         self.white_balance = self.white_balance or image.white_balance
         if self._is_unchanged(summary):
             self.unchanged.append(index)
@@ -702,7 +712,7 @@ class _Runner:
 
     def _look(self) -> NDArray[np.float32]:
         """Reduced green channel of what the camera sees now, from live view where there is one."""
-        if self._info.capabilities.preview:
+        if self.previews:
             return summarise(self.camera.preview(), "srgb", 255.0).green
         image = self._decode(self.camera.grab(self.options.grab_timeout_s))
         return summarise(image.pixels, image.transfer, image.white_level).green
@@ -718,16 +728,20 @@ def _metres(dioptre: float) -> float:
     return math.inf if dioptre <= 0 else 1.0 / dioptre
 
 
+def stored_plan(path: Path) -> FocusSweep:
+    """The plan that the partial stack of `path` was begun with; `DataError` if there is none."""
+    with FocalStack.open(partial_path(path), allow_partial=True) as stack:
+        if stack.plan is None:
+            raise DataError(f"{stack.path} does not say which plan it was begun with; give --plan")
+        return FocusSweep.model_validate(stack.plan)
+
+
 def planned(path: Path, sweep: FocusSweep) -> FocusSweep:
     """The plan that the partial stack of `path` was begun with, if it stems from `sweep`.
 
     An adaptive plan is stored as the explicit one that it became on site; any other must be the same.
     """
-    with FocalStack.open(partial_path(path), allow_partial=True) as stack:
-        stored = stack.plan
-    if sweep.spacing == "adaptive" and stored is not None:
-        return FocusSweep.model_validate(stored)
-    return sweep
+    return stored_plan(path) if sweep.spacing == "adaptive" else sweep
 
 
 # --- following a sweep that is still being captured

@@ -141,7 +141,7 @@ class Frame:
 
     Attributes:
         image: (H, W, C) uint8 or uint16, RGB order, C = 1 or 3; None when `originals` are to be decoded.
-        transfer: transfer function of `image`.
+        transfer: transfer function of `image`; of `originals` only where the backend knows better than the file.
         white_level: value of `image` that means 1.0 (255, 65535, 4095...).
         originals: the camera's own files as (name, bytes), RAW first.
         started_s, finished_s: time.time() around the exposure and transfer.

@@ -50,6 +50,7 @@ from capture.cameras.base import (
     UnsupportedControl,
 )
 from capture.cameras.profiles import CameraProfile, FocusDrive, profile_for
+from capture.cameras.worker import WorkerCamera
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ class GphotoCamera:
         profile: what is known of the brand; None looks it up by the model that answers.
         delete_from_camera: delete a picture from the card once it is downloaded; pictures in the camera's memory are
             always deleted, since that memory holds only a few.
+        manual_focus: leave the motor alone; the operator turns the ring.
         driver: module with gphoto2's interface.
     """
 
@@ -82,15 +84,17 @@ class GphotoCamera:
         port: str = "",
         profile: CameraProfile | None = None,
         delete_from_camera: bool = False,
+        manual_focus: bool = False,
         driver: str = DRIVER,
     ) -> None:
         self._wanted_model, self._wanted_port = model, port
         self._given_profile = profile
         self._delete = delete_from_camera
+        self._manual_focus = manual_focus
         self._driver = driver
-        self._gp: Any = None
+        self.gp: Any = None
         self._camera: Any = None
-        self._context: Any = None
+        self.context: Any = None
         self._messages: list[str] = []
         self._profile: CameraProfile | None = None
         self._restore: dict[str, Any] = {}
@@ -104,15 +108,15 @@ class GphotoCamera:
 
     def open(self) -> CameraInfo:
         self.close()
-        self._load()
+        self.load()
         with self._errors("open"):
-            found = detect(self._gp, self._context)
+            found = detect(self.gp, self.context)
             model, port = self._choose(found)
-            camera = self._gp.Camera()
-            ports = self._gp.PortInfoList()
+            camera = self.gp.Camera()
+            ports = self.gp.PortInfoList()
             ports.load()
             camera.set_port_info(ports[ports.lookup_path(port)])
-            camera.init(self._context)
+            camera.init(self.context)
         self._camera, self._opened_s = camera, time.monotonic()
         self._messages.clear()
         try:
@@ -145,7 +149,7 @@ class GphotoCamera:
             self._quietly(name, lambda name=name, value=value: self._write(name, value))
         self._restore.clear()
         self._camera = None
-        self._quietly("exit", lambda: camera.exit(self._context))
+        self._quietly("exit", lambda: camera.exit(self.context))
         self._count, self._live_view, self._setting_names = None, False, None
 
     def __enter__(self) -> GphotoCamera:
@@ -156,19 +160,19 @@ class GphotoCamera:
     ) -> None:
         self.close()
 
-    def _load(self) -> None:
+    def load(self) -> None:
         """Import the driver with translations off."""
         os.environ.pop("LANGUAGE", None)
         os.environ["LC_MESSAGES"] = "C"
-        if self._gp is None:
+        if self.gp is None:
             try:
-                self._gp = importlib.import_module(self._driver)
+                self.gp = importlib.import_module(self._driver)
             except ImportError as error:
                 raise CameraNotFound(
                     f"the gphoto2 package cannot be imported ({error}); it exists for Linux and macOS", stage="open"
                 ) from None
-            self._context = self._gp.Context()
-            self._callback = self._context.set_error_func(self._on_message, None)  # unregistered when collected
+            self.context = self.gp.Context()
+            self._callback = self.context.set_error_func(self._on_message, None)  # unregistered when collected
         locale.setlocale(locale.LC_MESSAGES, "C")  # widget values are translated too: "Near 1" would be "Nah 1"
 
     def _on_message(self, context: Any, text: Any, data: Any) -> None:
@@ -188,11 +192,8 @@ class GphotoCamera:
 
     def _capabilities(self) -> Capabilities:
         offered = self._names()
-        focus = self._profile.focus if self._profile else None
-        if focus is not None and focus.widget not in offered:
-            logger.info("this body has no %s: focus is manual", focus.widget)
-            focus = None
-        preview = bool(self._camera.get_abilities().operations & self._gp.GP_OPERATION_CAPTURE_PREVIEW)
+        focus = self._focus_or_none()
+        preview = bool(self._camera.get_abilities().operations & self.gp.GP_OPERATION_CAPTURE_PREVIEW)
         return Capabilities(
             focus="manual" if focus is None else "absolute" if focus.method == "absolute" else "relative",
             focus_unit="driver" if focus and focus.method == "absolute" else "step" if focus else "m",
@@ -284,7 +285,7 @@ class GphotoCamera:
             return FocusRange(0.0, focus.travel, 1.0, "step", "profile")
         with self._errors("focus_range"):
             widget = self._single(focus.widget)
-            low, high, step = widget.get_range() if widget.get_type() == self._gp.GP_WIDGET_RANGE else (0, 0, 0)
+            low, high, step = widget.get_range() if widget.get_type() == self.gp.GP_WIDGET_RANGE else (0, 0, 0)
         source: Literal["device", "profile"] = "device"
         if not high > low:
             low, high, step, source = 0.0, focus.travel, 1.0, "profile"
@@ -405,9 +406,27 @@ class GphotoCamera:
                 time.sleep(0.1)
         time.sleep(focus.pause_s)
 
+    def nudge(self, steps: int) -> None:
+        """Drive by `steps` of the profile, positive towards far, whatever the count says; for probing."""
+        focus = self._focus("move_focus")
+        self._count = None
+        if focus.method == "choices":
+            self._drive_words(focus, focus.fine_far if steps > 0 else focus.fine_near, abs(steps))
+        else:
+            self._drive_amount(focus, steps)
+
+    def offers(self, name: str) -> tuple[list[str], bool]:
+        """Choices of a setting and whether it takes a number; ([], False) if the body lacks it. For probing."""
+        self._require_open("settings")
+        if name not in self._names():
+            return [], False
+        with self._errors("settings"):
+            is_range = self._single(name).get_type() == self.gp.GP_WIDGET_RANGE
+        return self._choices(name), is_range
+
     def _focus_or_none(self) -> FocusDrive | None:
         self._require_open("focus")
-        focus = self._profile.focus if self._profile else None
+        focus = self._profile.focus if self._profile and not self._manual_focus else None
         return focus if focus is not None and focus.widget in self._names() else None
 
     def _focus(self, stage: str) -> FocusDrive:
@@ -435,19 +454,17 @@ class GphotoCamera:
         paths: list[tuple[str, str]] = []
         with self._errors("grab"):
             if capture.method == "capture":
-                path = self._camera.capture(self._gp.GP_CAPTURE_IMAGE, self._context)
+                path = self._camera.capture(self.gp.GP_CAPTURE_IMAGE, self.context)
                 paths.append((path.folder, path.name))
             elif capture.method == "trigger":
-                self._camera.trigger_capture(self._context)
+                self._camera.trigger_capture(self.context)
         if capture.method == "release":
             self._press_and_let_go(capture.release_widget, capture.press, capture.let_go)
         self._collect(paths, expected, deadline)
         originals = tuple((name, self._download(folder, name, deadline)) for folder, name in paths)
         if self._delete or self._in_memory:
             for folder, name in paths:
-                self._quietly(
-                    f"deleting {name}", lambda f=folder, n=name: self._camera.file_delete(f, n, self._context)
-                )
+                self._quietly(f"deleting {name}", lambda f=folder, n=name: self._camera.file_delete(f, n, self.context))
         exposure = self._profile.exposure if self._profile else CameraProfile(match=("any",)).exposure
         position = self.position()
         return Frame(
@@ -466,9 +483,9 @@ class GphotoCamera:
         import cv2
 
         self._require_open("preview")
-        file = self._gp.CameraFile()
+        file = self.gp.CameraFile()
         with self._errors("preview"):
-            self._camera.capture_preview(file, self._context)
+            self._camera.capture_preview(file, self.context)
             data = np.frombuffer(bytes(file.get_data_and_size()), np.uint8)
         image = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
         if image is None:
@@ -484,13 +501,13 @@ class GphotoCamera:
 
     def _collect(self, paths: list[tuple[str, str]], expected: int, deadline: float) -> None:
         """Wait for the files of this exposure: all that are expected, or what has come when the clock runs out."""
-        gp = self._gp
+        gp = self.gp
         pair_deadline = min(deadline, time.monotonic() + PAIR_WAIT_S) if paths else deadline
         while len(paths) < expected:
             if time.monotonic() > (pair_deadline if paths else deadline):
                 break
             with self._errors("grab"):
-                kind, data = self._camera.wait_for_event(100, self._context)
+                kind, data = self._camera.wait_for_event(100, self.context)
             if kind == gp.GP_EVENT_FILE_ADDED:
                 if (data.folder, data.name) not in paths:
                     paths.append((data.folder, data.name))
@@ -507,16 +524,16 @@ class GphotoCamera:
         deadline = time.monotonic() + 0.5
         while time.monotonic() < deadline:
             with self._errors("grab"):
-                kind, _ = self._camera.wait_for_event(1, self._context)
-            if kind == self._gp.GP_EVENT_TIMEOUT:
+                kind, _ = self._camera.wait_for_event(1, self.context)
+            if kind == self.gp.GP_EVENT_TIMEOUT:
                 return
 
     def _download(self, folder: str, name: str, deadline: float) -> bytes:
         for last in (False, True):
-            file = self._gp.CameraFile()  # kept while its bytes are copied
+            file = self.gp.CameraFile()  # kept while its bytes are copied
             try:
                 with self._errors("download"):
-                    self._camera.file_get(folder, name, self._gp.GP_FILE_TYPE_NORMAL, file, self._context)
+                    self._camera.file_get(folder, name, self.gp.GP_FILE_TYPE_NORMAL, file, self.context)
                     return bytes(file.get_data_and_size())
             except CaptureFailed as error:
                 if last or time.monotonic() > deadline:
@@ -545,18 +562,18 @@ class GphotoCamera:
         """Names of the settings that this body really has."""
         if self._setting_names is None:
             with self._errors("settings"):
-                self._setting_names = set(_leaf_names(self._camera.get_config(self._context)))
+                self._setting_names = set(_leaf_names(self._camera.get_config(self.context)))
         return self._setting_names
 
     def _single(self, name: str) -> Any:
-        return self._camera.get_single_config(name, self._context)
+        return self._camera.get_single_config(name, self.context)
 
     def _read(self, name: str) -> str | None:
         """Value of a setting as text; None if the body lacks it or it is empty."""
         if name not in self._names():
             return None
         with self._errors("settings"):
-            value = widget_value(self._gp, self._single(name))
+            value = widget_value(self.gp, self._single(name))
         return None if value is None else str(value)
 
     def _choices(self, name: str) -> list[str]:
@@ -564,7 +581,7 @@ class GphotoCamera:
             return []
         with self._errors("settings"):
             widget = self._single(name)
-            if widget.get_type() not in (self._gp.GP_WIDGET_RADIO, self._gp.GP_WIDGET_MENU):
+            if widget.get_type() not in (self.gp.GP_WIDGET_RADIO, self.gp.GP_WIDGET_MENU):
                 return []
             return [widget.get_choice(i) for i in range(widget.count_choices())]
 
@@ -572,7 +589,7 @@ class GphotoCamera:
         """Send one value through a fresh widget: a cached one would skip values that look unchanged."""
         widget = self._single(name)
         widget.set_value(value)
-        self._camera.set_single_config(name, widget, self._context)
+        self._camera.set_single_config(name, widget, self.context)
 
     def _set(self, name: str, value: str) -> None:
         """Set a setting to one of its choices, check by reading back, and remember what to restore."""
@@ -628,9 +645,29 @@ class GphotoCamera:
         self._messages.clear()
         try:
             yield
-        except self._gp.GPhoto2Error as error:
+        except self.gp.GPhoto2Error as error:
             text = "; ".join(self._messages) or str(error.string)
             raise error_for(error.code, text, stage) from None
+
+
+def gphoto_worker(
+    place: str,
+    *,
+    profile: CameraProfile | None = None,
+    delete_from_camera: bool = False,
+    manual_focus: bool = False,
+) -> WorkerCamera:
+    """The camera at `place` (model, port or nothing) in a worker process."""
+    is_port = place.split(":", 1)[0] in ("usb", "ptpip", "serial", "usbscsi", "usbdiskdirect", "disk")
+    arguments = {
+        "model": "" if is_port else place,
+        "port": place if is_port else "",
+        "profile": profile,
+        "delete_from_camera": delete_from_camera,
+        "manual_focus": manual_focus,
+        "driver": DRIVER,
+    }
+    return WorkerCamera("capture.cameras.gphoto:GphotoCamera", arguments)
 
 
 def error_for(code: int, text: str, stage: str) -> CameraError:
@@ -674,11 +711,19 @@ def detect(gp: Any, context: Any) -> list[tuple[str, str]]:
     return [(found.get_name(i), found.get_value(i)) for i in range(len(found))]  # iterating fails before 2.6.4
 
 
-def list_cameras(driver: str = DRIVER) -> list[tuple[str, str]]:
-    """(model, port) of every connected camera; for use inside the worker."""
-    camera = GphotoCamera(driver=driver)
-    camera._load()
-    return detect(camera._gp, camera._context)
+class GphotoLister:
+    """Lists what is connected; runs in the worker, since detection goes through the driver too."""
+
+    def __init__(self, driver: str = DRIVER) -> None:
+        self._camera = GphotoCamera(driver=driver)
+
+    def cameras(self) -> list[tuple[str, str]]:
+        """(model, port) of every connected camera."""
+        self._camera.load()
+        return detect(self._camera.gp, self._camera.context)
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 _NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")

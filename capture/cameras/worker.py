@@ -76,7 +76,7 @@ class WorkerCamera:
     def open(self) -> CameraInfo:
         """Start the child process and connect."""
         self.close()
-        self._start()
+        self.start()
         try:
             return self.call("open")
         except BaseException:
@@ -152,7 +152,8 @@ class WorkerCamera:
             raise value
         return value
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Start the child process without connecting to a camera."""
         ours, theirs = Pipe()
         handle = theirs.fileno()
         options: dict[str, Any] = {"pass_fds": (handle,), "start_new_session": True}
