@@ -117,11 +117,11 @@ def render_stack(
 
 
 def _fast_length(length: int) -> int:
-    """Smallest even length >= `length` whose only prime factors are 2, 3 and 5: transforms of it are fast."""
+    """Smallest even length >= `length` with no prime factor above 7: transforms of it are fast."""
     length += length % 2
     while True:
         rest = length
-        for prime in (2, 3, 5):
+        for prime in (2, 3, 5, 7):
             while rest % prime == 0:
                 rest //= prime
         if rest == 1:
@@ -130,59 +130,74 @@ def _fast_length(length: int) -> int:
 
 
 class Spectrum:
-    """The frequencies of a real (height, width) transform, and the transfer functions on them."""
+    """The frequencies of a real (height, width) transform, and the transfer functions on them.
+
+    Spectra are kept as real tensors (..., h, w + 2), real and imaginary parts alternating: transfer functions are
+    real here, and multiplying by them is then plain arithmetic.
+    """
 
     def __init__(self, height: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
         self.height, self.width = height, width
         self.dtype, self.device = dtype, device
         rows = torch.fft.fftfreq(height, dtype=torch.float64)
         columns = torch.fft.rfftfreq(width, dtype=torch.float64)
-        place = {"dtype": dtype, "device": device}
-        # the discrete Laplacian, one half of it per axis: cos w - 1
-        self.bend_rows = (torch.cos(2 * math.pi * rows) - 1)[:, None].to(**place)
-        self.bend_columns = (torch.cos(2 * math.pi * columns) - 1)[None].to(**place)
-        self.bend = self.bend_rows + self.bend_columns
-        position = torch.hypot(rows[:, None], columns[None]) * (RADIUS_BINS / math.sqrt(0.5))
-        self.bin = position.long().clamp_max(RADIUS_BINS - 1).to(device)
-        self.within_bin = (position - self.bin.cpu()).to(**place)
-        self.radius = (torch.arange(RADIUS_BINS + 1, dtype=torch.float64) * (math.sqrt(0.5) / RADIUS_BINS)).to(**place)
-        # Parseval on half a spectrum: inner columns stand for two
+        # cos w - 1 per axis: half the discrete Laplacian
+        self.bend_rows = (torch.cos(2 * math.pi * rows) - 1)[:, None].to(device, dtype)
+        self.bend_columns = (torch.cos(2 * math.pi * columns) - 1).repeat_interleave(2)[None].to(device, dtype)
+        # Parseval on half a spectrum: the inner columns stand for two
         twice = torch.full((columns.numel(),), 2.0, dtype=torch.float64)
         twice[0] = twice[-1] = 1.0
-        self.parseval = (twice / (height * width)).to(**place)
+        self.parseval = (twice / (height * width)).repeat_interleave(2).to(device, dtype)
+        # where each frequency falls in a table over the radius; the lower half of the rows mirrors the upper
+        upper = rows[: height // 2 + 1].abs()
+        position = torch.hypot(upper[:, None], columns[None]) * (RADIUS_BINS / math.sqrt(0.5))
+        bins = position.long().clamp_max(RADIUS_BINS - 1)
+        self.bins, self.within_bin = bins.flatten().to(device), (position - bins).to(device, dtype)
+        self.radius = (torch.arange(RADIUS_BINS + 1, dtype=torch.float64) * (math.sqrt(0.5) / RADIUS_BINS)).to(
+            device, dtype
+        )
+
+    def zeros(self, *leading: int) -> Tensor:
+        """A spectrum of nothing, (*leading, h, w + 2)."""
+        return torch.zeros((*leading, self.height, self.width + 2), dtype=self.dtype, device=self.device)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Transform of `image` (..., h, w), zero-padded to this spectrum's size."""
-        return torch.fft.rfft2(image, s=(self.height, self.width))
+        """Spectrum of `image` (..., h, w), which is padded with zeros to the full size."""
+        return torch.view_as_real(torch.fft.rfft2(image, s=(self.height, self.width))).flatten(-2)
 
     def inverse(self, spectrum: Tensor, height: int, width: int) -> Tensor:
         """The first (height, width) pixels of the image with this spectrum."""
-        return torch.fft.irfft2(spectrum, s=(self.height, self.width))[..., :height, :width]
+        paired = torch.view_as_complex(spectrum.unflatten(-1, (-1, 2)))
+        return torch.fft.irfft2(paired, s=(self.height, self.width))[..., :height, :width]
 
     def transfer(self, coc_px: Tensor, psf: Psf) -> Tensor:
-        """Transfer functions (n, h, w/2+1) of blurs with CoC diameters `coc_px` (n,)."""
+        """Transfer functions (n, h, w + 2) of blurs with CoC diameters `coc_px` (n,)."""
         if psf.shape == "gaussian":
             return self._gaussian((psf.gain * coc_px) ** 2 + psf.floor_px**2)
-        return self._radial(_airy(math.pi * coc_px[:, None] * self.radius)) * self._gaussian(
-            torch.full_like(coc_px[:1], psf.floor_px**2)
-        )
+        return self._radial(_airy(math.pi * coc_px[:, None] * self.radius), psf)
 
     def transfer_slope(self, coc_px: Tensor, psf: Psf) -> Tensor:
         """Derivative of `transfer` by the CoC diameter."""
         if psf.shape == "gaussian":
-            return (2 * psf.gain**2) * coc_px[:, None, None] * self.bend * self.transfer(coc_px, psf)
+            by_variance = (self.bend_rows + self.bend_columns) * self.transfer(coc_px, psf)
+            return by_variance.mul_((2 * psf.gain**2) * coc_px[:, None, None])
         scaled = math.pi * self.radius
-        return self._radial(scaled * _airy_slope(scaled * coc_px[:, None])) * self._gaussian(
-            torch.full_like(coc_px[:1], psf.floor_px**2)
-        )
+        return self._radial(scaled * _airy_slope(scaled * coc_px[:, None]), psf)
 
     def _gaussian(self, variance: Tensor) -> Tensor:
         variance = variance[:, None, None]
         return torch.exp(variance * self.bend_rows) * torch.exp(variance * self.bend_columns)
 
-    def _radial(self, table: Tensor) -> Tensor:
-        """`table` (n, RADIUS_BINS + 1), a function of radial frequency, on this spectrum, linearly interpolated."""
-        return torch.lerp(table[:, self.bin], table[:, self.bin + 1], self.within_bin)
+    def _radial(self, table: Tensor, psf: Psf) -> Tensor:
+        """`table` (n, RADIUS_BINS + 1) over the radial frequency, spread over the plane, times the floor's Gaussian."""
+        shape = (table.shape[0], *self.within_bin.shape)
+        low = table.index_select(1, self.bins).view(shape)
+        step = table.diff(dim=1).index_select(1, self.bins).view(shape)
+        upper = low.addcmul_(step, self.within_bin)
+        upper.mul_(torch.exp(psf.floor_px**2 * self.bend_rows[: shape[1]]))
+        upper.mul_(torch.exp(psf.floor_px**2 * self.bend_columns[:, ::2]))
+        upper = upper[..., None].expand(*shape, 2).flatten(-2)
+        return torch.cat([upper, upper[:, 1 : self.height // 2].flip(1)], 1)
 
 
 @lru_cache(maxsize=8)
@@ -269,6 +284,16 @@ class Tile:
     wide_columns: slice
 
     @property
+    def proper(self) -> tuple[slice, slice]:
+        """The rectangle in the image."""
+        return self.rows, self.columns
+
+    @property
+    def wide(self) -> tuple[slice, slice]:
+        """The rectangle and its halo in the image."""
+        return self.wide_rows, self.wide_columns
+
+    @property
     def inner(self) -> tuple[slice, slice]:
         """The rectangle within its halo."""
         top, left = self.rows.start - self.wide_rows.start, self.columns.start - self.wide_columns.start
@@ -307,21 +332,19 @@ class _Scatter(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, aif: Tensor, position: Tensor, coc_px: Tensor, psf: Psf) -> Tensor:
-        n_frames = coc_px.shape[0]
+        n_frames, n_layers = coc_px.shape
         height, width = position.shape
         out = aif.new_empty(n_frames, 3, height, width)
         weight = aif.new_empty(n_frames, 1, height, width)
         reach = psf.reach_px(float(coc_px.abs().max()))
         for tile in _tiles(height, width, reach):
             spectrum = _tile_spectrum(tile, reach, aif)
-            sums = None
-            for layer, source in _sources(aif, position, tile, coc_px.shape[1]):
-                blurred = spectrum.transfer(coc_px[:, layer], psf)[:, None] * spectrum.forward(source)
-                sums = blurred if sums is None else sums.add_(blurred)
-            box = (..., tile.wide_rows, tile.wide_columns)
-            spread = spectrum.inverse(sums, *position[box].shape)[(..., *tile.inner)]
-            weight[..., tile.rows, tile.columns] = spread[:, 3:]
-            out[..., tile.rows, tile.columns] = spread[:, :3] / spread[:, 3:]
+            sums = spectrum.zeros(n_frames, 4)
+            for layer, source in _sources(aif, position, tile, n_layers):
+                sums.addcmul_(spectrum.transfer(coc_px[:, layer], psf)[:, None], spectrum.forward(source))
+            spread = spectrum.inverse(sums, *position[tile.wide].shape)[(..., *tile.inner)]
+            weight[(..., *tile.proper)] = spread[:, 3:]
+            out[(..., *tile.proper)] = spread[:, :3] / spread[:, 3:]
         ctx.save_for_backward(aif, position, coc_px, out, weight)
         ctx.psf = psf
         return out
@@ -331,46 +354,54 @@ class _Scatter(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         aif, position, coc_px, out, weight = ctx.saved_tensors
         psf: Psf = ctx.psf
-        grad_aif, grad_position = torch.empty_like(aif), torch.empty_like(position)
+        n_frames, n_layers = coc_px.shape
+        grad_aif, grad_position = torch.zeros_like(aif), torch.zeros_like(position)
         grad_coc = torch.zeros_like(coc_px) if ctx.needs_input_grad[2] else None
         reach = psf.reach_px(float(coc_px.abs().max()))
-        grad_sums = torch.cat([grad_out, -(grad_out * out).sum(1, keepdim=True)], 1) / weight
-        for tile in _tiles(*position.shape, reach):
+        grad_sums = torch.cat([grad_out, -(grad_out * out).sum(1, keepdim=True)], 1).div_(weight)
+        for tile in _tiles(position.shape[0], position.shape[1], reach):
             spectrum = _tile_spectrum(tile, reach, aif)
-            box = (..., tile.wide_rows, tile.wide_columns)
-            teacher = spectrum.forward(grad_sums[box])
-            own = None if grad_coc is None else spectrum.forward(_only(grad_sums[box], tile))
-            tile_aif = grad_aif[..., tile.rows, tile.columns].zero_()
-            tile_position = grad_position[tile.rows, tile.columns].zero_()
-            here, image = position[tile.rows, tile.columns], aif[..., tile.rows, tile.columns]
-            for layer, source in _sources(aif, position, tile, coc_px.shape[1]):
-                if own is not None and grad_coc is not None:
+            wanted = spectrum.forward(grad_sums[(..., *tile.wide)])
+            wanted_here = None if grad_coc is None else _weighted_spectrum(grad_sums, tile, spectrum)
+            here, image = position[tile.proper], aif[(..., *tile.proper)]
+            for layer, source in _sources(aif, position, tile, n_layers):
+                transfer = spectrum.transfer(coc_px[:, layer], psf)
+                returned = spectrum.zeros(4)
+                for k in range(n_frames):
+                    returned.addcmul_(transfer[k], wanted[k])
+                spread = spectrum.inverse(returned, *position[tile.wide].shape)[(..., *tile.inner)]
+                grad_aif[(..., *tile.proper)] += _hat(here, layer) * spread[:3]
+                received = (image * spread[:3]).sum(0).add_(spread[3])
+                grad_position[tile.proper] += _hat_slope(here, layer).mul_(received)
+                if grad_coc is not None and wanted_here is not None:
                     slope = spectrum.transfer_slope(coc_px[:, layer], psf)
-                    shared = spectrum.forward(source)
-                    agreement = (own.real * shared.real + own.imag * shared.imag).sum(1)
-                    grad_coc[:, layer] += (slope * agreement * spectrum.parseval).sum((1, 2))
-                hat = _hat(here, layer)
-                returned = (spectrum.transfer(coc_px[:, layer], psf)[:, None] * teacher).sum(0)
-                spread = spectrum.inverse(returned, *position[box].shape)[(..., *tile.inner)]
-                tile_aif += hat * spread[:3]
-                tile_position += _hat_slope(here, layer) * ((image * spread[:3]).sum(0) + spread[3])
+                    grad_coc[:, layer] += _agreement(wanted_here, spectrum.forward(source)).mul_(slope).sum((1, 2))
         return grad_aif, grad_position, grad_coc, None
 
 
 def _sources(aif: Tensor, position: Tensor, tile: Tile, count: int) -> Iterator[tuple[int, Tensor]]:
     """Each layer with weight in the tile or its halo, and its light: (4, h, w), colour times weight, and weight."""
-    box = (..., tile.wide_rows, tile.wide_columns)
-    image, place = aif[box], position[box]
+    image, place = aif[(..., *tile.wide)], position[tile.wide]
+    source = image.new_empty(4, *place.shape)
     for layer in _used_layers(place, count):
-        hat = _hat(place, layer)
-        yield layer, torch.cat([image * hat, hat[None]])
+        source[3] = _hat(place, layer)
+        torch.mul(image, source[3], out=source[:3])
+        yield layer, source
 
 
-def _only(stack: Tensor, tile: Tile) -> Tensor:
-    """`stack` on the tile proper, zero in its halo."""
-    alone = torch.zeros_like(stack)
-    alone[(..., *tile.inner)] = stack[(..., *tile.inner)]
-    return alone
+def _weighted_spectrum(stack: Tensor, tile: Tile, spectrum: Spectrum) -> Tensor:
+    """Spectrum of `stack` on the tile proper, such that its products with another sum up to the pixels' products."""
+    alone = torch.zeros_like(stack[(..., *tile.wide)])
+    alone[(..., *tile.inner)] = stack[(..., *tile.proper)]
+    return spectrum.forward(alone).mul_(spectrum.parseval)
+
+
+def _agreement(stack: Tensor, source: Tensor) -> Tensor:
+    """Products of spectra (n, C, h, w) and (C, h, w), summed over channels: (n, h, w)."""
+    total = stack[:, 0] * source[0]
+    for channel in range(1, source.shape[0]):
+        total.addcmul_(stack[:, channel], source[channel])
+    return total
 
 
 # --- the published operator -----------------------------------------------------------------------------------------
