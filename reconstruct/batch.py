@@ -1,207 +1,250 @@
-"""Many stacks, one after the other: find them, skip finished ones, keep going past failures.
-
-`process_stack` is the whole job for one stack; the same function runs in this process and on Dask workers.
-"""
+"""Many stacks: find them, skip finished ones, share them out, keep going past failures, say what became of each."""
 
 from __future__ import annotations
 
-import hashlib
-import platform
-import tempfile
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from importlib import metadata
+import functools
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
-from capture.decode import to_srgb8
-from capture.errors import DaifError, DataError, SomeFailedError, UsageError
-from capture.importer import IMAGE_SUFFIXES, import_folder
-from capture.lens import LensProfile
-from capture.stack import FocalStack
-from reconstruct import export, metrics, report, result
-from reconstruct.infer import Report, Settings, reconstruct
+from capture.decode import is_image_name
+from capture.errors import DaifError, DataError, NoSpaceError, SomeFailedError, UsageError
+from capture.importer import STACK_FILE
+from reconstruct import cluster, remote, result
+from reconstruct.infer import Report
+from reconstruct.job import Job, process_stack, solve, stack_name, write
 
-
-@dataclass(frozen=True)
-class Job:
-    """What to do with every stack; everything in it can be sent to another machine."""
-
-    out: Path
-    settings: Settings = field(default_factory=Settings)
-    lens: Path | None = None
-    depth_unit: export.DepthUnit = "mm"
-    formats: tuple[str, ...] = ()
-    force: bool = False
-
-
-def stack_name(path: Path) -> str:
-    """The name of the output folder of a stack file or an image folder."""
-    return path.name.removesuffix(".partial").removesuffix(".h5") if path.is_file() else path.resolve().name
-
-
-def find_stacks(paths: Iterable[Path]) -> list[Path]:
-    """Stack files and image folders among `paths` and, recursively, below those that are folders.
-
-    Raises UsageError for a path that does not exist, DataError when nothing is found, or two stacks would
-    write the same output folder.
-    """
-    found: list[Path] = []
-    for path in paths:
-        if not path.exists():
-            raise UsageError(f"{path} does not exist; give a stack (.h5) or a folder of stacks or photographs")
-        found += [path] if path.is_file() else _below(path)
-    if not found:
-        listed = ", ".join(str(path) for path in paths)
-        raise DataError(f"no focal stack in {listed}: expected .h5 files or folders with at least two photographs")
-    names: dict[str, Path] = {}
-    for path in found:
-        other = names.setdefault(stack_name(path), path)
-        if other != path:
-            raise UsageError(f"{other} and {path} would both write {stack_name(path)}/; rename one of them")
-    return found
-
-
-def _below(folder: Path) -> list[Path]:
-    found = sorted(folder.glob("*.h5"))
-    images = [p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES]
-    if (folder / "stack.yaml").is_file() or (len(images) >= 2 and not result.is_complete(folder)):
-        found.append(folder)
-    for child in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")):
-        if not result.is_complete(child):
-            found += _below(child)
-    return found
-
-
-def process_stack(path: Path, job: Job, progress: Report = lambda what, share: None) -> dict[str, Any]:
-    """Reconstruct one stack into `job.out` and return its record; raises DaifError with one clear sentence."""
-    profile = LensProfile.read(job.lens) if job.lens else None
-    if path.is_dir():
-        with tempfile.TemporaryDirectory(prefix="daif-import-") as scratch:
-            imported = Path(scratch) / f"{stack_name(path)}.h5"
-            import_folder(path, imported)
-            return _process_file(imported, path, job, profile, progress)
-    return _process_file(path, path, job, profile, progress)
-
-
-def _process_file(file: Path, source: Path, job: Job, profile: LensProfile | None, progress: Report) -> dict[str, Any]:
-    with FocalStack.open(file, allow_partial=file.suffix == ".partial") as stack:
-        answer = reconstruct(stack, job.settings, profile, progress)
-        answer.name = stack_name(source)
-        answer.record["input"] = {"file": str(source), "sha256": _sha256(file), "frames": stack.n_frames}
-        answer.record["lens_profile"] = (
-            {"file": str(job.lens), "sha256": _sha256(job.lens)} if job.lens is not None else None
-        )
-        answer.record["versions"] = {
-            "daif": metadata.version("daif"),
-            "python": platform.python_version(),
-            **{name: metadata.version(name) for name in ("torch", "numpy", "h5py")},
-        }
-        truth = truth_of(stack, answer)
-        page = report.render_report(answer, thumbnails(stack), truth)
-        folder = result.save(
-            answer,
-            job.out,
-            depth_unit=job.depth_unit,
-            extra_formats=job.formats,
-            exif=stack.exif,
-            report_html=page,
-            replace=job.force,
-        )
-    return {"folder": folder, **answer.record}
-
-
-def thumbnails(stack: FocalStack) -> list[tuple[np.ndarray, str]]:
-    """(sRGB image, label) of every frame, small."""
-    pictures = []
-    for i in range(stack.n_frames):
-        linear = stack.linear(i)
-        scale = min(1.0, report.THUMBNAIL_PX / stack.width)
-        size = max(1, round(stack.width * scale)), max(1, round(stack.height * scale))
-        small = cv2.resize(linear, size, interpolation=cv2.INTER_AREA)
-        distance = stack.focus_distance_m[i]
-        where = "unknown focus distance" if np.isnan(distance) else f"focused at {report.format_length(distance)}"
-        pictures.append((to_srgb8(small), f"frame {i}: {where}"))
-    return pictures
-
-
-def truth_of(stack: FocalStack, answer: result.Reconstruction) -> report.Truth | None:
-    """The stack's own ground truth (simulated stacks) as the report wants it, or None."""
-    if stack.truth_depth_m is None or not answer.metric:
-        return None
-    scores = metrics.depth_metrics(answer, stack.truth_depth_m)
-    if stack.truth_aif is not None:
-        scores |= metrics.image_metrics(answer.aif, stack.truth_aif)
-    answer.record["errors"] = scores
-    rows = [[metrics.LABELS.get(name, name), f"{value:.4g}"] for name, value in scores.items()]
-    return report.Truth(stack.truth_depth_m, ["measure", answer.record["method"]["name"]], rows, metrics.NOTE)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+SETTLED_S = 3.0  # a hot folder's photographs must be this old
+POLL_S = 2.0
 
 
 @dataclass
 class Outcome:
-    """What became of one stack."""
+    """What became of one stack: `done`, `skipped` or `failed`."""
 
-    path: Path
-    status: str  # "done", "skipped" or "failed"
+    stack: str
+    status: str
     seconds: float = 0.0
+    folder: str = ""
     error: str = ""
 
 
-def run(paths: Sequence[Path], job: Job) -> list[Outcome]:
-    """Process `paths` one after the other with a progress bar; a failed stack is named and the others finish.
+def find_stacks(locations: Sequence[str]) -> list[str]:
+    """Stack files and image folders among `locations` and, recursively, below those that are folders; largest first.
 
-    Raises SomeFailedError at the end if any failed; the error itself when there was only one stack.
+    Raises UsageError for one that does not exist or when two stacks would write the same result, DataError when
+    nothing is found.
     """
+    found: dict[str, int] = {}
+    for location in locations:
+        if remote.is_url(location):
+            found |= dict.fromkeys(remote.find(location), 0)
+            continue
+        path = Path(location)
+        if not path.exists():
+            raise UsageError(f"{path} does not exist; give a stack (.h5) or a folder of stacks or photographs")
+        found |= {str(p): _size(p) for p in ([path] if path.is_file() else _below(path))}
+    if not found:
+        raise DataError(
+            f"no focal stack in {', '.join(locations)}: expected .h5 files or folders of at least two photographs"
+        )
+    names: dict[str, str] = {}
+    for stack in found:
+        other = names.setdefault(stack_name(stack), stack)
+        if other != stack:
+            raise UsageError(f"{other} and {stack} would both write {stack_name(stack)}/; rename one of them")
+    return sorted(found, key=lambda stack: -found[stack])
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    children = sorted(folder.iterdir())
+    yield from (child for child in children if child.suffix == ".h5" and child.is_file())
+    if (folder / STACK_FILE).is_file() or sum(is_image_name(child.name) for child in children) > 1:
+        yield folder
+    for child in children:
+        if child.is_dir() and not child.name.startswith(".") and not result.is_complete(child):
+            yield from _below(child)
+
+
+def _size(path: Path) -> int:
+    files = path.iterdir() if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def run(stacks: Sequence[str], job: Job, *, workers: int = 1, address: str | None = None) -> list[Outcome]:
+    """Reconstruct `stacks`, here or on Dask workers; prints a line for each and writes `batch.json` into the output.
+
+    Raises SomeFailedError at the end if any failed; with a single stack its own error instead.
+    """
+    todo = [stack for stack in stacks if job.force or not remote.is_complete(job.out, stack_name(stack))]
+    outcomes = [Outcome(stack, "skipped", folder=_folder(job, stack)) for stack in stacks if stack not in todo]
+    for outcome in outcomes:
+        print(f"{outcome.folder}: complete already, skipped (--force does it again)")
     console = Console(stderr=True)
-    outcomes = []
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    ) as bars:
-        for number, path in enumerate(paths, start=1):
-            name = stack_name(path)
-            if result.is_complete(job.out / name) and not job.force:
-                outcomes.append(Outcome(path, "skipped"))
-                print(f"{job.out / name}: complete already, skipped (--force does it again)")
-                continue
-            task = bars.add_task(name, total=1.0)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        whole = bars.add_task("stacks", total=len(todo), visible=len(todo) > 1)
+        if not todo:
+            ends: Iterator[Outcome] = iter(())
+        elif workers > 1 or address is not None:
+            ends = _on_workers(todo, job, workers, address)
+        else:
+            ends = _here(todo, job, bars)
+        try:
+            for outcome in ends:
+                outcomes.append(outcome)
+                bars.advance(whole)
+                if outcome.status == "failed":
+                    console.print(f"daif: {outcome.error}", markup=False, highlight=False, soft_wrap=True)
+                else:
+                    print(
+                        f"{outcome.folder}: {outcome.seconds:.1f} s; look at {outcome.folder}/report.html", flush=True
+                    )
+        finally:
+            _write_summary(job, outcomes)
+    failed = [outcome for outcome in outcomes if outcome.status == "failed"]
+    if len(stacks) > 1:
+        _print_table(outcomes)
+    if failed:
+        names = ", ".join(stack_name(outcome.stack) for outcome in failed)
+        raise SomeFailedError(f"{len(failed)} of {len(stacks)} stacks failed: {names}; the others are in {job.out}")
+    return outcomes
 
-            def show(what: str, share: float, task: TaskID = task, name: str = name) -> None:
-                bars.update(task, description=f"{name}: {what}", completed=share)
 
+def watch(locations: Sequence[str], job: Job, **where: Any) -> None:
+    """Reconstruct every stack that appears in `locations`, until interrupted; a failed one is tried once."""
+    tried: set[str] = set()
+    print(f"watching {', '.join(locations)}   (Ctrl-C ends it)", flush=True)
+    while True:
+        try:
+            stacks = find_stacks(locations)
+        except DataError:  # nothing there yet
+            stacks = []
+        fresh = [
+            stack
+            for stack in stacks
+            if stack not in tried and not remote.is_complete(job.out, stack_name(stack)) and _settled(stack)
+        ]
+        if fresh:
+            tried.update(fresh)
             try:
-                record = process_stack(path, job, show)
+                run(fresh, job, **where)
             except DaifError as error:
-                if len(paths) == 1:
-                    raise
-                console.print(f"daif: {error}", markup=False, highlight=False, soft_wrap=True)
-                outcomes.append(Outcome(path, "failed", error=str(error)))
-                continue
+                Console(stderr=True).print(f"daif: {error}", markup=False, highlight=False, soft_wrap=True)
+        time.sleep(POLL_S)
+
+
+def _settled(stack: str) -> bool:
+    path = Path(stack)
+    if not path.is_dir():  # a stack file gets its final name only when it is complete
+        return True
+    newest = max((file.stat().st_mtime for file in path.iterdir()), default=0.0)
+    return time.time() - newest > SETTLED_S
+
+
+def _folder(job: Job, stack: str) -> str:
+    return f"{job.out.rstrip('/')}/{stack_name(stack)}"
+
+
+def _here(stacks: Sequence[str], job: Job, bars: Progress) -> Iterator[Outcome]:
+    """In this process; while one stack is computed the one before it is written."""
+    with ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
+        writing: tuple[str, Future[dict[str, Any]]] | None = None
+        for stack in stacks:
+            task = bars.add_task(stack_name(stack), total=1.0)
+            try:
+                solved = solve(stack, job, _shown(bars, task, stack_name(stack)))
+            except (DaifError, MemoryError) as error:
+                solved, problem = None, error
             finally:
                 bars.remove_task(task)
-            seconds = record["summary"]["seconds"]
-            outcomes.append(Outcome(path, "done", seconds))
-            for warning in record["warnings"]:
-                console.print(f"note: {warning}", markup=False, highlight=False, soft_wrap=True)
-            print(f"{record['folder']}: {number} of {len(paths)}, {seconds:.1f} s; open {record['folder']}/report.html")
-    failed = [outcome for outcome in outcomes if outcome.status == "failed"]
-    if failed:
-        names = ", ".join(stack_name(outcome.path) for outcome in failed)
-        raise SomeFailedError(f"{len(failed)} of {len(paths)} stacks failed: {names}; the others are in {job.out}")
-    return outcomes
+            if writing is not None:
+                yield _ended(*writing, alone=len(stacks) == 1)
+                writing = None
+            if solved is None:
+                yield _failed(stack, problem, alone=len(stacks) == 1)
+            else:
+                writing = stack, writer.submit(write, solved, job)
+        if writing is not None:
+            yield _ended(*writing, alone=len(stacks) == 1)
+
+
+def _shown(bars: Progress, task: TaskID, name: str) -> Report:
+    return lambda what, share: bars.update(task, description=f"{name}: {what}", completed=share)
+
+
+def _ended(stack: str, future: Future[dict[str, Any]], *, alone: bool) -> Outcome:
+    try:
+        record = future.result()
+    except (DaifError, MemoryError) as error:
+        return _failed(stack, error, alone=alone)
+    return _done(stack, record)
+
+
+def _done(stack: str, record: dict[str, Any]) -> Outcome:
+    for warning in record["warnings"]:
+        Console(stderr=True).print(f"note: {warning}", markup=False, highlight=False, soft_wrap=True)
+    return Outcome(stack, "done", record["summary"]["seconds"], record["folder"])
+
+
+def _failed(stack: str, error: BaseException, *, alone: bool) -> Outcome:
+    if isinstance(error, MemoryError):
+        error = NoSpaceError(f"{stack}: not enough memory; close other programs, or reduce the frames first")
+    if alone:
+        raise error
+    return Outcome(stack, "failed", error=str(error))
+
+
+def _on_workers(stacks: Sequence[str], job: Job, workers: int, address: str | None) -> Iterator[Outcome]:
+    threads = max(1, (os.cpu_count() or 1) // max(workers, 1)) if address is None else None
+    call: Callable[[str], dict[str, Any]] = functools.partial(_process_on_worker, job=job, threads=threads)
+    with cluster.connect(workers, address) as client:
+        for finished in cluster.run_on(client, stacks, call):
+            if finished.record is None:
+                yield Outcome(finished.item, "failed", error=finished.error)
+            else:
+                yield _done(finished.item, finished.record)
+
+
+def _process_on_worker(stack: str, job: Job, threads: int | None) -> dict[str, Any]:
+    """One stack on a worker: its share of the threads, and its own GPU if there are several."""
+    import dataclasses
+
+    import torch
+    from distributed import get_worker
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if job.settings.device == "auto" and torch.cuda.device_count() > 1:
+        index = abs(hash(get_worker().name)) if not isinstance(get_worker().name, int) else get_worker().name
+        device = f"cuda:{index % torch.cuda.device_count()}"
+        job = dataclasses.replace(job, settings=dataclasses.replace(job.settings, device=device))
+    return process_stack(stack, job)
+
+
+def _write_summary(job: Job, outcomes: Sequence[Outcome]) -> None:
+    """`batch.json` in the output folder: one entry a stack."""
+    with remote.output_folder(job.out) as out:
+        out.mkdir(parents=True, exist_ok=True)
+        partial = out / f".batch.json.{os.getpid()}"
+        partial.write_text(json.dumps([asdict(o) for o in outcomes], indent=2) + "\n", encoding="utf-8")
+        partial.replace(out / "batch.json")
+
+
+def _print_table(outcomes: Sequence[Outcome]) -> None:
+    counts = {status: sum(o.status == status for o in outcomes) for status in ("done", "skipped", "failed")}
+    table = Table(title=", ".join(f"{count} {status}" for status, count in counts.items()))
+    for column in ("stack", "status", "s"):
+        table.add_column(column, justify="right" if column == "s" else "left")
+    for outcome in outcomes:
+        table.add_row(stack_name(outcome.stack), outcome.status, f"{outcome.seconds:.1f}" if outcome.seconds else "")
+    Console().print(table)

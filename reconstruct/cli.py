@@ -35,6 +35,8 @@ def _global_options(
         format="%(levelname).1s %(name)s: %(message)s",
         stream=sys.stderr,
     )
+    for chatty in ("h5py", "PIL", "asyncio", "distributed"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 ...")]
@@ -42,8 +44,8 @@ Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 .
 
 @app.command("reconstruct")
 def reconstruct_command(
-    stacks: Annotated[list[Path], typer.Argument(help="Stacks (.h5), folders of photographs, or folders of those.")],
-    out: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results, one folder per stack.")],
+    stacks: Annotated[list[str], typer.Argument(help="Stacks (.h5), folders of photographs or of stacks, or URLs.")],
+    out: Annotated[str, typer.Option("--output", "-o", help="Folder or URL for the results, one folder per stack.")],
     method: Annotated[str, typer.Option(help="network or plane-sweep.")] = "plane-sweep",
     weights: Annotated[str, typer.Option(help="Weights of the network: a name or a file.")] = "default",
     refine: Annotated[int, typer.Option(min=0, help="Gradient steps through the renderer after the first answer.")] = 0,
@@ -52,11 +54,14 @@ def reconstruct_command(
     depth_unit: Annotated[str, typer.Option(help="Unit of depth.png: mm, or um for macro.")] = "mm",
     formats: Annotated[str, typer.Option(help="More outputs, comma-separated: glb, tiff, exr, nerfstudio.")] = "",
     align: Annotated[bool, typer.Option("--align/--no-align", help="Remove breathing and hand motion first.")] = True,
-    allow_misaligned: Annotated[bool, typer.Option(help="Go on when frames do not align.")] = False,
-    force: Annotated[bool, typer.Option(help="Replace existing results.")] = False,
+    allow_misaligned: Annotated[bool, typer.Option("--allow-misaligned", help="Go on all the same.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace existing results.")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Processes on this machine; one per GPU is right.")] = 1,
+    on: Annotated[str | None, typer.Option(help="Dask scheduler to join: tcp://HOST:8786.")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Keep looking for new stacks until interrupted.")] = False,
 ) -> None:
     """Turn focal stacks into depth, confidence and all-in-focus images."""
-    from reconstruct import batch, export, infer
+    from reconstruct import batch, export, infer, job
 
     wanted = tuple(part.strip() for part in formats.split(",") if part.strip())
     for value, allowed, option in (
@@ -74,8 +79,11 @@ def reconstruct_command(
         max_residual_px=float("inf") if allow_misaligned else None,
         device=device,
     )
-    job = batch.Job(out, settings, lens, depth_unit, wanted, force)  # type: ignore[arg-type]
-    batch.run(batch.find_stacks(stacks), job)
+    work = job.Job(out, settings, lens, depth_unit, wanted, force)  # type: ignore[arg-type]
+    if watch:
+        batch.watch(stacks, work, workers=workers, address=on)
+    else:
+        batch.run(batch.find_stacks(stacks), work, workers=workers, address=on)
 
 
 @app.command("evaluate")

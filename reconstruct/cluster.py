@@ -12,7 +12,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from capture.errors import DaifError, UsageError
@@ -26,7 +25,7 @@ NO_WORKER_LIMIT_S = 60.0
 class Finished:
     """One stack's end: its record, or the sentence that says why there is none."""
 
-    path: Path
+    item: str
     record: dict[str, Any] | None = None
     error: str = ""
 
@@ -35,9 +34,9 @@ class Finished:
 class _Board:
     """Who is working on what."""
 
-    waiting: deque[Path]
-    running: dict[Any, tuple[Path, str]] = field(default_factory=dict)  # future -> stack, worker address
-    deaths: Counter[Path] = field(default_factory=Counter)
+    waiting: deque[str]
+    running: dict[Any, tuple[str, str]] = field(default_factory=dict)  # future -> stack, worker address
+    deaths: Counter[str] = field(default_factory=Counter)
 
 
 @contextlib.contextmanager
@@ -74,12 +73,12 @@ def connect(workers: int, address: str | None) -> Iterator[Any]:
         yield client
 
 
-def run_on(client: Any, paths: Sequence[Path], call: Callable[[Path], dict[str, Any]]) -> Iterator[Finished]:
-    """Call `call(path)` on the client's workers and yield each stack as it ends, in any order.
+def run_on(client: Any, items: Sequence[str], call: Callable[[str], dict[str, Any]]) -> Iterator[Finished]:
+    """Call `call(item)` on the client's workers and yield each item as it ends, in any order.
 
     Raises DaifError if the scheduler goes away or no worker is left for a minute; what was yielded stays done.
     """
-    board = _Board(waiting=deque(paths))
+    board = _Board(waiting=deque(items))
     alone_since: float | None = None
     while board.waiting or board.running:
         capacity = _workers(client)
@@ -106,50 +105,50 @@ def _workers(client: Any) -> dict[str, int]:
     return {address: info["nthreads"] for address, info in client.scheduler_info(n_workers=-1)["workers"].items()}
 
 
-def _hand_out(client: Any, board: _Board, capacity: dict[str, int], call: Callable[[Path], dict[str, Any]]) -> None:
+def _hand_out(client: Any, board: _Board, capacity: dict[str, int], call: Callable[[str], dict[str, Any]]) -> None:
     busy = Counter(address for _, address in board.running.values())
     for address, threads in capacity.items():
         for _ in range(threads - busy[address]):
             if not board.waiting:
                 return
-            path = board.waiting.popleft()
-            future = client.submit(call, path, workers=[address], allow_other_workers=False, pure=False, retries=0)
-            board.running[future] = path, address
+            item = board.waiting.popleft()
+            future = client.submit(call, item, workers=[address], allow_other_workers=False, pure=False, retries=0)
+            board.running[future] = item, address
 
 
 def _collect(board: _Board) -> Iterator[Finished]:
     for future in [future for future in board.running if future.done()]:
-        path, _ = board.running.pop(future)
+        item, _ = board.running.pop(future)
         if future.status == "finished":
-            yield Finished(path, record=future.result())
+            yield Finished(item, record=future.result())
         elif future.status == "error":
             error = future.exception()
             if type(error).__name__ == "KilledWorker":
-                yield from _count_death(board, path)
+                yield from _count_death(board, item)
             else:
                 yield Finished(
-                    path, error=str(error) if isinstance(error, DaifError) else f"{type(error).__name__}: {error}"
+                    item, error=str(error) if isinstance(error, DaifError) else f"{type(error).__name__}: {error}"
                 )
         else:  # lost with its worker or cancelled by the scheduler
-            yield from _count_death(board, path)
+            yield from _count_death(board, item)
 
 
 def _bury(board: _Board, capacity: dict[str, int]) -> Iterator[Finished]:
     """Take back the stacks of workers that are gone."""
-    for future, (path, address) in list(board.running.items()):
+    for future, (item, address) in list(board.running.items()):
         if address not in capacity and not future.done():
             future.cancel(force=True)
             del board.running[future]
-            yield from _count_death(board, path)
+            yield from _count_death(board, item)
 
 
-def _count_death(board: _Board, path: Path) -> Iterator[Finished]:
-    board.deaths[path] += 1
-    if board.deaths[path] < MAX_DEATHS:
-        board.waiting.append(path)
+def _count_death(board: _Board, item: str) -> Iterator[Finished]:
+    board.deaths[item] += 1
+    if board.deaths[item] < MAX_DEATHS:
+        board.waiting.append(item)
     else:
         yield Finished(
-            path,
-            error=f"{path} was set aside: its worker died {MAX_DEATHS} times while working on it "
+            item,
+            error=f"{item} was set aside: its worker died {MAX_DEATHS} times while working on it "
             "(out of memory, or a damaged file); try it alone with --workers 1",
         )

@@ -82,7 +82,12 @@ def _score(folder: Path, truth_folder: Path) -> dict[str, float]:
             f"the truth of {folder.name} is {truth.depth_m.shape[1]} x {truth.depth_m.shape[0]} px and the "
             f"reconstruction {answer.confidence.shape[1]} x {answer.confidence.shape[0]}; they must be the same picture"
         )
-    scores = metrics.depth_metrics(answer, truth.depth_m)
-    if truth.aif is not None:
-        scores |= metrics.image_metrics(answer.aif, truth.aif)
-    return scores
+    return score(answer, truth.depth_m, truth.aif)
+
+
+def score(
+    answer: result.Reconstruction, truth_m: NDArray[np.float32], truth_aif: NDArray[np.float32] | None
+) -> dict[str, float]:
+    """Every figure of `metrics.LABELS` that this truth allows."""
+    scores = metrics.depth_metrics(answer, truth_m)
+    return scores if truth_aif is None else scores | metrics.image_metrics(answer.aif, truth_aif)

@@ -26,7 +26,7 @@ from reconstruct.device import pick_device
 from reconstruct.estimate import Estimate
 from reconstruct.fusion import fuse
 from reconstruct.optics import StackOptics, optics_of
-from reconstruct.plane_sweep import estimate_gain, plane_sweep
+from reconstruct.plane_sweep import plane_sweep
 from reconstruct.result import Reconstruction
 
 Method = Literal["network", "plane-sweep"]
@@ -109,8 +109,8 @@ class _Fields:
 
     @classmethod
     def empty(cls, height: int, width: int) -> _Fields:
-        maps = (np.empty((height, width), np.float32) for _ in range(3))
-        return cls(*maps, np.empty((height, width, 3), np.float32))
+        depth, std, confidence = (np.empty((height, width), np.float32) for _ in range(3))
+        return cls(depth, std, confidence, np.empty((height, width, 3), np.float32))
 
     def put(self, rows: slice, cols: slice, estimate: Estimate, core: tuple[slice, slice]) -> None:
         for name in ("inverse_depth_dpt", "std_dpt", "confidence"):
@@ -183,6 +183,8 @@ def _with_gain(optics: StackOptics, overview: NDArray[np.float32], factor: int, 
     """`optics` with the blur gain found from the frames where no lens data gave it."""
     if optics.kappa_px_per_dpt is not None:
         return optics
+    from reconstruct.plane_sweep import estimate_gain
+
     small = align_stack(overview, optics.focus_dpt) if not alignment.is_identity else None
     frames = overview if small is None else np.stack([small.apply(frame, i) for i, frame in enumerate(overview)])
     tensor = torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()
@@ -231,17 +233,29 @@ def _read_tile(stack: FocalStack, alignment: Alignment, rows: slice, cols: slice
     )  # fmt: skip
 
 
+def _seen(alignment: Alignment, rows: slice, cols: slice, step: int) -> NDArray[np.bool_]:
+    """Where each frame holds data on the reference's grid, (S, h, w), for a working-scale region."""
+    y = (np.arange(rows.start, rows.stop)[:, None] + 0.5) * step - 0.5
+    x = (np.arange(cols.start, cols.stop)[None, :] + 0.5) * step - 0.5
+    masks = []
+    for (a, b, c), (d, e, f) in alignment.matrices:
+        x_in, y_in = a * x + b * y + c, d * x + e * y + f
+        masks.append(
+            (x_in >= -0.5) & (x_in <= alignment.width - 0.5) & (y_in >= -0.5) & (y_in <= alignment.height - 0.5)
+        )
+    return np.stack(masks)
+
+
 def _estimate_tiled(
     stack: FocalStack, alignment: Alignment, estimator: _Estimator, step: int, progress: Report
 ) -> _Fields:
     height, width = stack.height // step, stack.width // step
-    valid = alignment.valid_mask(height, width)
     fields = _Fields.empty(height, width)
     tiles = list(_tiles(height, width))
     for done, (rows, cols, outer_rows, outer_cols) in enumerate(tiles):
         progress("estimating depth", 0.1 + 0.6 * done / len(tiles))
         frames = _read_tile(stack, alignment, outer_rows, outer_cols, step)
-        estimate = estimator(frames, valid[outer_rows, outer_cols])
+        estimate = estimator(frames, _seen(alignment, outer_rows, outer_cols, step))
         core = _inside(rows, outer_rows), _inside(cols, outer_cols)
         fields.put(rows, cols, estimate, core)
     return fields
@@ -271,7 +285,8 @@ def _carry_up(
         frames = _read_tile(stack, alignment, outer_rows, outer_cols, 1)
         tensor = torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous().to(device)
         rough = [_enlarged(m, step, outer_rows, outer_cols) for m in (small.inverse_depth_dpt, small.std_dpt)]
-        sharp = fuse(tensor, focus, gain, *(torch.from_numpy(m).to(device) for m in rough))
+        seen = torch.from_numpy(_seen(alignment, outer_rows, outer_cols, 1)).to(device)
+        sharp = fuse(tensor, focus, gain, *(torch.from_numpy(m).to(device) for m in rough), valid=seen)
         guide = cv2.cvtColor(np.sqrt(sharp.permute(1, 2, 0).cpu().numpy()), cv2.COLOR_RGB2GRAY)
         depth = guided_filter(guide, rough[0], radius=2 * step, epsilon=1e-4)
         core = _inside(rows, outer_rows), _inside(cols, outer_cols)
@@ -337,8 +352,7 @@ def _assemble(
     method: dict[str, Any],
 ) -> Reconstruction:
     height, width = fields.inverse_depth_dpt.shape
-    seen = alignment.valid_mask(height, width)
-    fields.confidence[~seen] = 0.0
+    fields.confidence[~alignment.valid_mask(height, width)] *= 0.5  # fewer frames than the rest of the picture
     std_dpt = _with_calibration_error(fields, optics) if optics.metric else fields.std_dpt
     intrinsics = optics.intrinsics
     residual = float(np.nanmax(alignment.residual_px)) if np.isfinite(alignment.residual_px).any() else None

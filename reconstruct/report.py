@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reconstruct import export
-from reconstruct.result import Reconstruction
+from reconstruct.result import Reconstruction, json_ready
 
 PAGE_WIDTH_PX = 1024
 THUMBNAIL_PX = 320
@@ -73,7 +73,7 @@ def render_report(
         "cloud": _cloud(result),
         "record": result.record,
     }
-    text = json.dumps(_finite(payload), separators=(",", ":")).replace("</", "<\\/")
+    text = json.dumps(json_ready(payload), separators=(",", ":")).replace("</", "<\\/")
     page = resources.files("reconstruct").joinpath("pages/report.html").read_text(encoding="utf-8")
     return page.replace("/*DATA*/", text)
 
@@ -225,18 +225,3 @@ def _png(image: NDArray[np.uint8]) -> str:
 
 def _base64(data: bytes) -> str:
     return base64.b64encode(data).decode("ascii")
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows no NaN: None stands for it; NumPy scalars become plain numbers."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, np.ndarray):
-        return _finite(value.tolist())
-    if isinstance(value, float) and not np.isfinite(value):
-        return None
-    return value

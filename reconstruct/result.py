@@ -105,7 +105,7 @@ def save(
         _write_files(result, staging, depth_unit, extra_formats, exif)
         if report_html is not None:
             (staging / "report.html").write_text(report_html, encoding="utf-8")
-        (staging / RECORD).write_text(json.dumps(result.record, indent=2, default=_plain) + "\n", encoding="utf-8")
+        (staging / RECORD).write_text(json.dumps(json_ready(result.record), indent=2) + "\n", encoding="utf-8")
         if target.exists():
             retired = out / f".{result.name}.retired-{os.getpid()}"
             target.rename(retired)
@@ -199,10 +199,16 @@ def load(folder: Path) -> Reconstruction:
     )
 
 
-def _plain(value: Any) -> Any:
-    """JSON for NumPy scalars and arrays; anything else is a mistake of ours."""
+def json_ready(value: Any) -> Any:
+    """`value` as JSON can hold it: None for NaN and infinity, plain numbers and lists for NumPy's."""
+    if isinstance(value, dict):
+        return {key: json_ready(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_ready(item) for item in value]
     if isinstance(value, np.generic):
-        return value.item()
+        value = value.item()
     if isinstance(value, np.ndarray):
-        return value.tolist()
-    raise TypeError(f"{type(value).__name__} in a reconstruction record")
+        return json_ready(value.tolist())
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    return value

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import cloudpickle
 import pytest
@@ -17,8 +18,9 @@ from reconstruct import cluster
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers cannot import a test file
 
 
-def work(path):
+def work(item):
     """Stands in for a reconstruction: leaves a mark, and misbehaves by the stack's name."""
+    path = Path(item)
     with path.open("a") as log:
         log.write(f"{os.getpid()}\n")
     if "poison" in path.name:
@@ -41,14 +43,14 @@ def marks(paths):
 
 def test_every_stack_is_done_once(client, tmp_path):
     paths = [tmp_path / f"stack{i:02}" for i in range(12)]
-    finished = list(cluster.run_on(client, paths, work))
+    finished = list(cluster.run_on(client, [str(path) for path in paths], work))
     assert {f.record["name"] for f in finished} == {p.name for p in paths}
     assert set(marks(paths).values()) == {1}
 
 
 def test_a_poisoned_stack_is_named_after_two_deaths_and_takes_nobody_with_it(client, tmp_path):
     paths = [tmp_path / name for name in ("a", "poison", "b", "corrupt", "c", "d")]
-    ends = {f.path.name: f for f in cluster.run_on(client, paths, work)}
+    ends = {Path(f.item).name: f for f in cluster.run_on(client, [str(path) for path in paths], work)}
     assert {name for name, f in ends.items() if f.record} == {"a", "b", "c", "d"}
     assert "set aside" in ends["poison"].error
     assert ends["corrupt"].error == "corrupt: dataset /stack/frames is damaged"
@@ -59,7 +61,7 @@ def test_workers_killed_from_outside_lose_no_stack(client, tmp_path):
     paths = [tmp_path / f"stack{i:02}" for i in range(20)]
     done = []
     kills = 0
-    for finished in cluster.run_on(client, paths, work):
+    for finished in cluster.run_on(client, [str(path) for path in paths], work):
         done.append(finished)
         if len(done) in {3, 9}:
             worker_pids = client.run(os.getpid)
@@ -90,7 +92,7 @@ def test_a_cluster_started_by_hand(tmp_path):
         paths = [tmp_path / f"stack{i}" for i in range(4)]
         with cluster.connect(0, address) as client:
             client.wait_for_workers(2, timeout=60)
-            assert len(list(cluster.run_on(client, paths, work))) == 4
+            assert len(list(cluster.run_on(client, [str(path) for path in paths], work))) == 4
     finally:
         for process in reversed(started):
             process.terminate()

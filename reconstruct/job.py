@@ -1,0 +1,133 @@
+"""The whole job for one stack: read, reconstruct, report, write. Runs in this process or on a worker alike."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import tempfile
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from capture.decode import to_srgb8
+from capture.importer import import_folder
+from capture.lens import LensProfile
+from capture.stack import FocalStack
+from reconstruct import evaluate, export, metrics, remote, report, result
+from reconstruct.infer import Report, Settings, reconstruct
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to do with every stack; everything in it can be sent to another machine.
+
+    Attributes:
+        out: folder of the results, a local path or a URL that fsspec knows.
+        settings: how to reconstruct.
+        lens: lens profile to use instead of what the stack says.
+        depth_unit: unit of depth.png.
+        formats: extra output formats.
+        force: replace results that are there.
+    """
+
+    out: str
+    settings: Settings = field(default_factory=Settings)
+    lens: Path | None = None
+    depth_unit: export.DepthUnit = "mm"
+    formats: tuple[str, ...] = ()
+    force: bool = False
+
+
+@dataclass
+class Solved:
+    """A reconstruction that only has to be written."""
+
+    answer: result.Reconstruction
+    page: str
+    exif: bytes | None
+
+
+def stack_name(location: str) -> str:
+    """The name of the output folder of a stack file or an image folder."""
+    name = location.rstrip("/").rsplit("/", 1)[-1] or Path(location).resolve().name
+    return name.removesuffix(".partial").removesuffix(".h5") or Path(location).resolve().name
+
+
+def process_stack(location: str, job: Job, progress: Report = lambda what, share: None) -> dict[str, Any]:
+    """Reconstruct one stack into `job.out` and return its record; raises DaifError with one clear sentence."""
+    return write(solve(location, job, progress), job)
+
+
+def solve(location: str, job: Job, progress: Report = lambda what, share: None) -> Solved:
+    """The reconstruction of the stack at `location`: a file, a folder of photographs, or a URL of a file."""
+    profile = LensProfile.read(job.lens) if job.lens else None
+    with tempfile.TemporaryDirectory(prefix="daif-") as scratch:
+        file = remote.fetch(location, Path(scratch))
+        if file.is_dir():
+            folder, file = file, Path(scratch) / f"{stack_name(location)}.h5"
+            import_folder(folder, file)
+        with FocalStack.open(file, allow_partial=file.suffix == ".partial") as stack:
+            answer = reconstruct(stack, job.settings, profile, progress)
+            answer.name = stack_name(location)
+            answer.record["input"] = {"file": location, "sha256": sha256(file), "frames": stack.n_frames}
+            answer.record["lens_profile"] = {"file": str(job.lens), "sha256": sha256(job.lens)} if job.lens else None
+            answer.record["versions"] = {
+                "daif": metadata.version("daif"),
+                "python": platform.python_version(),
+                **{name: metadata.version(name) for name in ("torch", "numpy", "h5py")},
+            }
+            truth = _truth(stack, answer)
+            return Solved(answer, report.render_report(answer, _thumbnails(stack), truth), stack.exif)
+
+
+def write(solved: Solved, job: Job) -> dict[str, Any]:
+    """Write the result folder and return its record with `folder` added."""
+    answer = solved.answer
+    with remote.output_folder(job.out) as out:
+        folder = result.save(
+            answer,
+            out,
+            depth_unit=job.depth_unit,
+            extra_formats=job.formats,
+            exif=solved.exif,
+            report_html=solved.page,
+            replace=job.force,
+        )
+    return {"folder": f"{job.out.rstrip('/')}/{folder.name}", **answer.record}
+
+
+def _thumbnails(stack: FocalStack) -> list[tuple[np.ndarray, str]]:
+    """(sRGB image, label) of every frame, small."""
+    pictures = []
+    scale = min(1.0, report.THUMBNAIL_PX / stack.width)
+    size = max(1, round(stack.width * scale)), max(1, round(stack.height * scale))
+    for i in range(stack.n_frames):
+        small = cv2.resize(stack.linear(i), size, interpolation=cv2.INTER_AREA)
+        distance = stack.focus_distance_m[i]
+        where = "unknown focus distance" if np.isnan(distance) else f"focused at {report.format_length(distance)}"
+        pictures.append((to_srgb8(small), f"frame {i}: {where}"))
+    return pictures
+
+
+def _truth(stack: FocalStack, answer: result.Reconstruction) -> report.Truth | None:
+    """The stack's own ground truth (simulated stacks) as the report wants it, or None."""
+    truth_m = stack.truth_depth_m
+    if truth_m is None or not answer.metric:
+        return None
+    scores = evaluate.score(answer, truth_m, stack.truth_aif)
+    answer.record["errors"] = scores
+    rows = [[metrics.LABELS.get(name, name), f"{value:.4g}"] for name, value in scores.items()]
+    return report.Truth(truth_m, ["measure", answer.record["method"]["name"]], rows, metrics.NOTE)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
