@@ -13,14 +13,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Literal
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from capture.lens import Lens, coc_diameter_px
-from capture.scenes import Scene, srgb_to_linear
+from capture.decode import to_linear, to_srgb8, to_srgb16
+from capture.lens import Lens, coc_diameter_px, dioptre_to_metre
+from capture.scenes import Scene, sensor_blurred
+from capture.stack import write_stack
 
 Psf = Literal["disc", "gaussian", "hexagon"]
 Quality = Literal["full", "fast"]
@@ -87,9 +90,23 @@ class SimulatedSweep:
 
     def linear(self) -> NDArray[np.float32]:
         """The frames in linear light, (S, H, W, 3) float32, 0 to 1."""
-        if self.frames.dtype == np.float32:
+        if self.transfer == "linear":
             return self.frames
-        return srgb_to_linear(self.frames / np.float32(np.iinfo(self.frames.dtype).max))
+        return to_linear(self.frames, "srgb")
+
+    def write(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Store the sweep as a focal stack with its truth; the distances are those that the camera reports."""
+        return write_stack(
+            path,
+            self.frames,
+            focus_distance_m=dioptre_to_metre(self.focus_dpt),
+            focus_distance_source="simulated",
+            lens=self.lens,
+            transfer=self.transfer,
+            truth_depth_m=self.scene.depth_m,
+            truth_aif=self.scene.aif,
+            overwrite=overwrite,
+        )
 
 
 class ApertureRenderer:
@@ -102,7 +119,8 @@ class ApertureRenderer:
 
     def __init__(self, scene: Scene, max_kappa_px_per_dpt: float) -> None:
         self.inverse_depth_dpt = scene.filled_inverse_depth_dpt()
-        aif = np.ascontiguousarray(scene.aif, dtype=np.float32)
+        self.unmixed = scene.unmixed_aif is not None
+        aif = scene.aif if scene.unmixed_aif is None else scene.unmixed_aif
         self.fine = interpolated(aif, SUBPIXELS)
         if scene.hidden_aif is not None and scene.hidden_depth_m is not None:
             self.hidden_dpt, self.hidden_aif = (1 / scene.hidden_depth_m).astype(np.float32), scene.hidden_aif
@@ -139,7 +157,8 @@ class ApertureRenderer:
         half_coc = coc_diameter_px(kappa_px_per_dpt, focus_dpt, inverse_depth_dpt).astype(np.float32) / 2
         hidden_half_coc = coc_diameter_px(kappa_px_per_dpt, focus_dpt, hidden_dpt).astype(np.float32) / 2
         samples = lens_positions(sample_count(2 * float(np.abs(half_coc).max()), quality), psf)
-        return _average_views(half_coc, hidden_half_coc, fine, hidden_aif, samples)
+        view = _average_views(half_coc, hidden_half_coc, fine, hidden_aif, samples)
+        return sensor_blurred(view) if self.unmixed else view
 
     def _moved(self, magnification: float, shift_px: tuple[float, float]) -> tuple[NDArray[np.float32], ...]:
         """Inverse depth, hidden inverse depth, fine image and hidden image as the displaced frame sees them."""
@@ -241,28 +260,24 @@ def expose(
     if noise_std > 0:
         noise = rng.standard_normal(linear.shape, dtype=np.float32)
         linear = linear + np.float32(noise_std) * np.sqrt(np.maximum(linear, 0) + np.float32(0.01)) * noise
-    linear = np.clip(linear, 0, 1)
     if bits is None:
-        return linear.astype(np.float32)
-    encoded = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
-    return np.rint(encoded * (2**bits - 1)).astype(np.uint8 if bits == 8 else np.uint16)
+        return np.clip(linear, 0, 1).astype(np.float32)
+    return to_srgb8(linear) if bits == 8 else to_srgb16(linear)
 
 
 def sweep_for_scene(
     scene: Scene, n_frames: int, max_coc_px: float, *, focal_length_m: float = 0.050
 ) -> tuple[Lens, NDArray[np.float64]]:
-    """Lens and `n_frames` focus settings (1/m, uniform over the scene's range) with blur up to `max_coc_px`.
+    """A lens, and `n_frames` focus settings (1/m) uniform over the depths of `scene`, with blur up to `max_coc_px`.
 
-    The f-number is that of a lens with 5 um times enough pitch that the farthest point, in the nearest frame, has a
-    CoC of `max_coc_px`; the range leaves out the outermost 0.5 % of the pixels at each end.
+    Seen in the nearest frame, the farthest point has a CoC of `max_coc_px`; the outermost 0.5 % of the pixels at either
+    end do not count. The pixel pitch follows from that at f/2.8.
     """
     inverse = 1.0 / scene.depth_m[np.isfinite(scene.depth_m)]
     far, near = np.percentile(inverse, [0.5, 99.5])
-    focus_dpt = np.linspace(far, near, n_frames)
-    kappa = max_coc_px / max(near - far, 1e-3)
-    f_number = 2.8
-    pitch_m = focal_length_m**2 / (f_number * kappa) / (1 - focal_length_m * near)
-    return Lens(focal_length_m=focal_length_m, f_number=f_number, pixel_pitch_m=pitch_m), focus_dpt
+    kappa = max_coc_px / (near - far)
+    lens = Lens(focal_length_m=focal_length_m, f_number=2.8, pixel_pitch_m=1e-5)
+    return lens.rescaled(float(kappa / lens.kappa_px_per_dpt(float(near)))), np.linspace(far, near, n_frames)
 
 
 def sample_count(max_coc_px: float, quality: Quality) -> int:

@@ -6,6 +6,7 @@ pair, or is drawn from a seed.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -16,11 +17,13 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from capture.decode import to_linear, transfer_to_linear
 from capture.errors import DataError
 
 MOTORCYCLE_FOCAL_PX = 994.978  # Middlebury 2014 calibration at the size scikit-image stores (741 x 500)
 MOTORCYCLE_BASELINE_M = 0.193001
 MOTORCYCLE_DOFFS_PX = 31.086
+SENSOR_SIGMA_PX = 0.45  # pixel aperture and residual blur of a sharp photograph, applied to drawn scenes
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,9 @@ class Scene:
         focal_px: pinhole focal length in pixels at this size, None when unknown.
         hidden_aif, hidden_depth_m: what stands behind near surfaces and a wide lens sees around their edges, where
             that is known (drawn scenes); NaN depth where nothing is hidden.
+        unmixed_aif: the image before the sensor's blur (drawn scenes), when every pixel shows one surface only. In a
+            photograph the pixels along an edge mix two surfaces and have the depth of one, which leaves a faint sharp
+            outline where that surface is in focus and the other is not. `aif` is this, blurred by `SENSOR_SIGMA_PX`.
     """
 
     aif: NDArray[np.float32]
@@ -42,6 +48,7 @@ class Scene:
     focal_px: float | None = None
     hidden_aif: NDArray[np.float32] | None = None
     hidden_depth_m: NDArray[np.float32] | None = None
+    unmixed_aif: NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         if self.aif.ndim != 3 or self.aif.shape[2] != 3 or self.aif.shape[:2] != self.depth_m.shape:
@@ -89,6 +96,7 @@ class Scene:
             focal_px=focal_px,
             hidden_aif=None if self.hidden_aif is None else self.hidden_aif[places],
             hidden_depth_m=None if self.hidden_depth_m is None else self.hidden_depth_m[places],
+            unmixed_aif=None,
         )
 
 
@@ -98,11 +106,14 @@ def _carry_along_rows(values: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.take_along_axis(values, np.maximum.accumulate(columns, axis=1), axis=1)
 
 
-def srgb_to_linear(encoded: NDArray[np.floating]) -> NDArray[np.float32]:
-    """Linear light from sRGB values 0 to 1 (IEC 61966-2-1)."""
-    low = encoded / 12.92
-    high = ((encoded + 0.055) / 1.055) ** 2.4
-    return np.where(encoded <= 0.04045, low, high).astype(np.float32)
+def srgb_to_linear(encoded: NDArray[Any]) -> NDArray[np.float32]:
+    """Linear light from sRGB values 0 to 1."""
+    return transfer_to_linear(encoded, "srgb").astype(np.float32)
+
+
+def sensor_blurred(image: NDArray[np.float32]) -> NDArray[np.float32]:
+    """`image` as a sensor with Gaussian blur of `SENSOR_SIGMA_PX` records it."""
+    return cv2.GaussianBlur(image, (5, 5), SENSOR_SIGMA_PX, borderType=cv2.BORDER_REFLECT_101)
 
 
 def motorcycle() -> Scene:
@@ -115,7 +126,7 @@ def motorcycle() -> Scene:
         MOTORCYCLE_FOCAL_PX * MOTORCYCLE_BASELINE_M / (disparity_px + MOTORCYCLE_DOFFS_PX),
         np.nan,
     )
-    aif = srgb_to_linear(left[..., :3] / 255.0)
+    aif = to_linear(left[..., :3], "srgb")
     return Scene(aif, depth_m.astype(np.float32), "motorcycle", MOTORCYCLE_FOCAL_PX)
 
 
@@ -135,7 +146,7 @@ def load_scene(folder: str | Path) -> Scene:
     if bgr.shape[:2] != depth_mm.shape:
         raise DataError(f"{folder}: rgb.png is {bgr.shape[:2]}, depth.png is {depth_mm.shape}; they must match")
     depth_m = np.where(depth_mm > 0, depth_mm / 1000.0, np.nan).astype(np.float32)
-    return Scene(srgb_to_linear(bgr[..., ::-1] / 255.0), depth_m, folder.name, _read_focal_px(folder / "scene.json"))
+    return Scene(to_linear(bgr[..., ::-1], "srgb"), depth_m, folder.name, _read_focal_px(folder / "scene.json"))
 
 
 def _read_image(path: Path, flags: int) -> NDArray[Any]:
@@ -148,8 +159,6 @@ def _read_image(path: Path, flags: int) -> NDArray[Any]:
 
 
 def _read_focal_px(path: Path) -> float | None:
-    import json
-
     if not path.is_file():
         return None
     try:
@@ -225,7 +234,7 @@ def _photographs() -> tuple[NDArray[np.float32], ...]:
     from skimage import data
 
     images = (np.atleast_3d(getattr(data, name)()) for name in PHOTOGRAPHS)
-    return tuple(srgb_to_linear(np.broadcast_to(image, (*image.shape[:2], 3)) / 255.0) for image in images)
+    return tuple(to_linear(np.broadcast_to(image, (*image.shape[:2], 3)), "srgb") for image in images)
 
 
 class _Canvas:
@@ -258,13 +267,15 @@ class _Canvas:
         light = gain * (1 + fall * along) * self.warm
         with np.errstate(divide="ignore"):
             depth_m = (1 / self.inverse_dpt).astype(np.float32)
+        unmixed = np.clip(self.aif * light, 0, 1).astype(np.float32)
         return Scene(
-            np.clip(self.aif * light, 0, 1).astype(np.float32),
+            sensor_blurred(unmixed),
             depth_m,
             name,
             self.focal_px,
             np.clip(self.hidden_aif * light, 0, 1).astype(np.float32),
             (1 / self.hidden_dpt).astype(np.float32),
+            unmixed,
         )
 
     def paste(self, cover: NDArray[Any], colour: NDArray[Any], inverse_dpt: NDArray[Any]) -> None:
@@ -272,11 +283,10 @@ class _Canvas:
         left, top, width, height = cv2.boundingRect((cover > 0).view(np.uint8))
         box = np.s_[top : top + height, left : left + width]
         aif, behind = self.aif[box], self.inverse_dpt[box]
-        cover = np.where(inverse_dpt[box] > behind, cover[box], np.float32(0))
-        solid = cover >= 0.5
+        solid = (inverse_dpt[box] > behind) & (cover[box] >= 0.5)
         self.hidden_aif[box][solid] = aif[solid]
         self.hidden_dpt[box][solid] = behind[solid]
-        aif += cover[..., None] * (colour[box] - aif)
+        aif[solid] = colour[box][solid]
         behind[solid] = inverse_dpt[box][solid]
 
     def plane(self, inverse_dpt: float, slope: float) -> NDArray[np.float32]:
