@@ -120,11 +120,10 @@ def depth_edges(truth_depth_m: FloatArray, kappa_px_per_dpt: float) -> NDArray[n
     """Pixels (H, W) within `EDGE_REACH_PX` of a step in true depth that changes the blur by `EDGE_COC_PX`."""
     known = _known(truth_depth_m)
     inverse = np.divide(1.0, truth_depth_m, out=np.zeros(truth_depth_m.shape), where=known).astype(np.float32)
-    near = cv2.dilate(np.where(known, inverse, -np.inf).astype(np.float32), np.ones((3, 3), np.uint8))
-    far = cv2.erode(np.where(known, inverse, np.inf).astype(np.float32), np.ones((3, 3), np.uint8))
-    step = np.where(np.isfinite(near) & np.isfinite(far), near, 0) - np.where(
-        np.isfinite(near) & np.isfinite(far), far, 0
-    )
+    three = np.ones((3, 3), np.uint8)
+    near = cv2.dilate(np.where(known, inverse, -1e6).astype(np.float32), three)
+    far = cv2.erode(np.where(known, inverse, 1e6).astype(np.float32), three)
+    step = np.where((near > -1e6) & (far < 1e6), near - far, 0)
     side = 2 * EDGE_REACH_PX + 1
     found = cv2.dilate((step * kappa_px_per_dpt > EDGE_COC_PX).astype(np.uint8), np.ones((side, side), np.uint8))
     return found.astype(bool)
