@@ -198,7 +198,7 @@ def _describe(error: ValidationError, value: Any, lines: dict[Place, int], model
         return f"{source}:{line}: {_dotted(where)}{what}{_more(problems)}"
     message = message.removeprefix("Value error, ")
     found = first["input"]
-    if not isinstance(found, dict | list) and f"{found}" not in message:
+    if not isinstance(found, dict | list) and kind != "value_error":  # our own validators say what they found
         message += f", found {found!r:.60}"
     return f"{source}:{line}: {_dotted(place)}{message[:1].lower() + message[1:]}{_more(problems)}"
 
