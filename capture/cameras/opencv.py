@@ -1,4 +1,4 @@
-"""Webcams through OpenCV (V4L2, Media Foundation, DirectShow), and video files of a sweep; runs in `worker.py`'s process.
+"""Webcams through OpenCV (V4L2, Media Foundation, DirectShow), and video files of a sweep; runs in `worker.py`.
 
 What a driver claims is believed only after a test: focus counts as drivable when two different values were written and
 the read-back changed. Frames that the driver had buffered before a move are thrown away. On macOS OpenCV has no focus
@@ -43,7 +43,7 @@ from capture.errors import UsageError
 logger = logging.getLogger(__name__)
 
 LEAST_BUFFERED = 4  # V4L2 queues 4 frames by default, whatever BUFFERSIZE says
-DRIFT_FRAMES, DRIFT_LIMIT = 10, 0.005
+DRIFT_FRAMES, DRIFT_LIMIT, DRIFT_TRIES = 10, 0.005, 5
 LOST_AFTER = 5  # reads that fail in a row
 DEFAULT_RANGE = (0.0, 255.0, 5.0)  # UVC webcams: 0 is far; used when the driver does not say
 V4L2_FOCUS_ABSOLUTE = 0x009A090A
@@ -236,14 +236,16 @@ class OpencvCamera:
 
     def _check_steady(self) -> None:
         """What counts in the end: the brightness of successive frames does not drift."""
-        self._drop_stale(LEAST_BUFFERED + 1)
-        levels = [float(self._read().mean()) for _ in range(DRIFT_FRAMES)]
-        drift = abs(np.mean(levels[-3:]) - np.mean(levels[:3])) / max(np.mean(levels), 1.0)
-        if drift > DRIFT_LIMIT:
-            raise ControlRejected(
-                f"the brightness still drifts by {drift:.1%} over {DRIFT_FRAMES} frames with exposure locked",
-                stage="lock_exposure",
-            )
+        for _ in range(DRIFT_TRIES):  # the first frames still show the automatic at work, or the lens arriving
+            self._drop_stale(LEAST_BUFFERED + 1)
+            levels = [float(self._read().mean()) for _ in range(DRIFT_FRAMES)]
+            drift = abs(sum(levels[-3:]) - sum(levels[:3])) / 3.0 / max(sum(levels) / DRIFT_FRAMES, 1.0)
+            if drift <= DRIFT_LIMIT:
+                return
+        raise ControlRejected(
+            f"the brightness still drifts by {drift:.1%} over {DRIFT_FRAMES} frames with exposure locked",
+            stage="lock_exposure",
+        )
 
     def _exposure_value(self, seconds: float) -> float:
         return seconds * 1e4 if self._api == "v4l2" else math.log2(seconds)

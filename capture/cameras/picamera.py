@@ -1,8 +1,8 @@
 """The Raspberry Pi camera through picamera2: focus in dioptres, set and read back by the driver.
 
-picamera2 comes with Raspberry Pi OS (apt: python3-picamera2). No Pi was at hand: this file was tried against a stand-in of
-picamera2's interface only (tests/capture/test_camera_picamera.py). The driver's dioptres are best effort, third-party
-modules are off by a factor of two (notes/capture.md 3.2): calibrate.
+picamera2 comes with Raspberry Pi OS (apt: python3-picamera2). No Pi was at hand: this file was tried against a
+stand-in of picamera2's interface only (tests/capture/test_camera_picamera.py). The driver's dioptres are best effort,
+third-party modules are off by a factor of two (notes/capture.md 3.2): calibrate.
 """
 
 from __future__ import annotations

@@ -305,12 +305,11 @@ class SimulatedCamera:
     def home(self, end: Literal["near", "far"] = "near") -> FocusReport:
         self._check()
         self._check_live_view()
-        before = self._count
+        before = self._as_position(self._motor)
         self._drive(0.0 if end == "near" else float(self.behaviour.steps))
         self._count = self._motor
         at = self._as_position(self._motor)
-        travelled = None if before is None else abs(self._as_position(before) - at)
-        return FocusReport(at, at, True, time.time(), travelled)
+        return FocusReport(at, at, True, time.time(), abs(before - at))  # counted until the stop answered
 
     def move_focus(self, target: float) -> FocusReport:
         self._check()

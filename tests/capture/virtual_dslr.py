@@ -1,10 +1,10 @@
 """A Nikon body with a lens, as a stand-in for the `gphoto2` module: libgphoto2's own virtual camera plus a focus motor.
 
-Real: python-gphoto2, libgphoto2's PTP driver and its virtual USB port; detection, settings, capture, events, file names,
-download, deletion, EXIF and error codes all come from there. Faked, because the virtual camera has none of it: the two
-settings `manualfocusdrive` and `viewfinder` (with Nikon's error texts), the lens behind them (end stops, backlash,
-position kept across reconnects), the picture (each capture delivers the scene as this lens sees it, rendered by
-`capture.optics`), and the faults that `faults.json` asks for (unplugged, busy, stuck, crashing).
+Real: python-gphoto2, libgphoto2's PTP driver and its virtual USB port; detection, settings, capture, events, file
+names, download, deletion, EXIF and error codes all come from there. Faked, because the virtual camera has none of it:
+the two settings `manualfocusdrive` and `viewfinder` (with Nikon's error texts), the lens behind them (end stops,
+backlash, position kept across reconnects), the picture (each capture delivers the scene as this lens sees it, rendered
+by `capture.optics`), and the faults that `faults.json` asks for (unplugged, busy, stuck, crashing).
 
 The folder of the rig comes from DAIF_RIG. Run as a program, this file is `daif` with this module as its camera driver:
 `python tests/capture/virtual_dslr.py capture --camera gphoto2: ...`.
@@ -35,13 +35,17 @@ os.environ["VCAMERADIR"] = str(PICTURES)
 os.environ["XDG_CONFIG_HOME"] = str(FOLDER / "config")  # libgphoto2 writes its settings there
 
 import gphoto2 as _gp  # noqa: E402
-from gphoto2 import *  # noqa: E402, F403
 
 from capture.lens import Lens  # noqa: E402
 from capture.optics import ApertureRenderer  # noqa: E402
-from capture.scenes import Scene, procedural_scene  # noqa: E402
+from tests.capture.scene_of_rig import scene  # noqa: E402
 
-GPhoto2Error = _gp.GPhoto2Error
+
+def __getattr__(name: str) -> Any:
+    """Whatever is not replaced here is the real module's."""
+    return getattr(_gp, name)
+
+
 __file__ = _gp.__file__  # where the adapter looks for libgphoto2
 
 LENS = Lens(focal_length_m=0.050, f_number=8.0, pixel_pitch_m=2.4e-5)
@@ -49,18 +53,12 @@ STOP_UNITS = 3000  # motor units from the near stop to the far stop
 UNITS_PER_STEP = 10  # of configs/cameras/nikon.yaml
 BACKLASH_UNITS = 20
 NEAR_DPT, FAR_DPT = 2.0, 0.1
-SCENE_SIZE = (120, 160)
 
 
 def focus_dpt_at(units: float) -> float:
     """Focus of the rig's lens, in dioptres, at a motor position; a mild curve, so that steps are not dioptres."""
     share = units / STOP_UNITS
     return NEAR_DPT + (FAR_DPT - NEAR_DPT) * (0.8 * share + 0.2 * share * share)
-
-
-def scene() -> Scene:
-    """What stands in front of the camera."""
-    return procedural_scene(5, *SCENE_SIZE, near_m=0.6, far_m=4.0, low_texture=0.0)
 
 
 _state: dict[str, float] = {"units": 900.0, "gear": 900.0, "captures": 0, "live_view": 0}
@@ -120,10 +118,8 @@ def _drive(units: float) -> None:
     wanted = _state["units"] + units
     _state["units"] = min(max(wanted, low), high)
     gear = _state["gear"]
-    if units > 0:
-        gear = max(gear, _state["units"] - BACKLASH_UNITS)
-    else:
-        gear = min(gear, _state["units"] + BACKLASH_UNITS)
+    lag = -BACKLASH_UNITS if units > 0 else BACKLASH_UNITS
+    gear = max(gear, _state["units"] + lag) if units > 0 else min(gear, _state["units"] + lag)
     _state["gear"] = min(max(gear, low), high)
     _save()
     if not low <= wanted <= high:
