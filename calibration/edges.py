@@ -28,6 +28,7 @@ MIN_CORNERS = 8
 WINDOW_SQUARES = 0.55  # half-width of a window around a corner
 MAX_BLUR_SQUARES = 0.9  # beyond, the window holds the blur of the paper around the board
 LEVEL_RATIO = 1.1  # between the discs of the bank: blur in between is interpolated in squared diameter
+PATCH_PIXELS = 4000  # of a window are used: more would lower the noise below what the template leaves unexplained
 MAX_GEOMETRY_PX = 0.3  # a template that sits worse is drawn again
 
 
@@ -85,15 +86,14 @@ class PatchBlur(NamedTuple):
     geometry: list[Similarity | None]  # per frame; None where the board was lost
     n_dropped: int  # patches blurred beyond MAX_BLUR_SQUARES
 
-    def of_frames(self, keep: NDArray[np.bool_]) -> PatchBlur:
-        """The observations selected by `keep` (n,)."""
-        return self._replace(
-            frame=self.frame[keep],
-            corner=self.corner[keep],
-            coc2_px2=self.coc2_px2[keep],
-            std_px2=self.std_px2[keep],
-            corner_px=self.corner_px[keep],
-        )
+    def at_corners(self, frame: int) -> NDArray[np.float64] | None:
+        """(N,) squared diameters of `frame` by corner, unseen corners at the median; None when it has none."""
+        here = self.frame == frame
+        if not here.any():
+            return None
+        values = np.full(int(self.corner.max()) + 1, np.median(self.coc2_px2[here]))
+        values[self.corner[here]] = self.coc2_px2[here]
+        return values
 
 
 def locate(sweep: Sweep) -> Found:
@@ -159,7 +159,7 @@ def measure(
             else:
                 guess = _extrapolate(known, sweep.positions[frame]) or start
             if fitted[frame] is None:
-                fitted[frame] = tracker.fit(frame, guess)
+                fitted[frame] = tracker.fit(frame, guess, None if previous is None else previous.at_corners(frame))
             result = fitted[frame]
             if result is not None:
                 known.append((float(sweep.positions[frame]), result.geometry))
@@ -190,18 +190,22 @@ class _Tracker:
         self.floor_sigma_px = floor_sigma_px
         self.shape = (int(sweep.images.shape[1]), int(sweep.images.shape[2]))
 
-    def fit(self, frame: int, guess: Similarity) -> _FrameFit | None:
-        """Blur of all windows of `frame`; None when the board does not look like the template at all."""
+    def fit(self, frame: int, guess: Similarity, expected: NDArray[np.float64] | None) -> _FrameFit | None:
+        """Blur of all windows of `frame`; None when the board does not look like the template at all.
+
+        Args:
+            expected: (N,) squared diameter of every corner from an earlier round, to look only around it.
+        """
         result = None
         for _ in range(3):
             to_px = guess.matrix(self.shape) @ self.homography
-            result, moved_px, guess = self._fit_once(frame, guess, to_px)
+            result, moved_px, guess = self._fit_once(frame, guess, to_px, expected)
             if result is None or moved_px < MAX_GEOMETRY_PX:
                 break
         return result
 
     def _fit_once(
-        self, frame: int, guess: Similarity, to_px: NDArray[np.float64]
+        self, frame: int, guess: Similarity, to_px: NDArray[np.float64], expected: NDArray[np.float64] | None
     ) -> tuple[_FrameFit | None, float, Similarity]:
         board = self.sweep.board
         ideal = cv2.perspectiveTransform(board.corners_m()[None, :, :2], to_px)[0]
@@ -233,23 +237,21 @@ class _Tracker:
         ]
         patches = [_Patch(image[box]) for box in boxes]
 
-        coarse = _levels(0.0, largest, 1.45)
-        costs = np.array([[p.cost(t[box]) for p, box in zip(patches, boxes, strict=True)] for t in map(bank, coarse)])
-        best = costs.argmin(axis=0)
-        if np.median(costs.min(axis=0)) > 0.5:
-            return None, 0.0, guess
-        around = (coarse[max(int(best.min()) - 1, 0)], coarse[min(int(best.max()) + 1, len(coarse) - 1)])
-        levels = _levels(*around, LEVEL_RATIO)
+        if expected is None:
+            near, worst = self._coarse(bank, image, boxes, largest)
+            if worst > 0.5:
+                return None, 0.0, guess
+        else:
+            middle = np.sqrt(np.maximum(expected[which], 0.0))
+            near = np.stack([np.maximum(middle / 1.06 - 1.0, 0.0), middle * 1.06 + 1.0], axis=1)
+        levels = _levels(float(near[:, 0].min()), float(near[:, 1].max()), LEVEL_RATIO)
         blurred = [bank(level) for level in levels]
         fits = []
-        for n, (patch, box) in enumerate(zip(patches, boxes, strict=True)):
-            near = (coarse[max(best[n] - 1, 0)], coarse[min(best[n] + 1, len(coarse) - 1)])
-            pairs = [k for k in range(len(levels) - 1) if levels[k + 1] > near[0] and levels[k] < near[1]]
-            fits.append(
-                patch.fit(
-                    [levels[k] for k in (*pairs, pairs[-1] + 1)], [blurred[k][box] for k in (*pairs, pairs[-1] + 1)]
-                )
-            )
+        for patch, box, (nearest, farthest) in zip(patches, boxes, near, strict=True):
+            first = max(int(np.searchsorted(levels, nearest, side="right")) - 1, 0)
+            last = max(int(np.searchsorted(levels, farthest, side="left")), first + 1)
+            used = range(first, min(last, len(levels) - 1) + 1)
+            fits.append(patch.fit([levels[k] for k in used], [blurred[k][box] for k in used]))
         coc2, std2, shift = (np.array([getattr(fit, name) for fit in fits]) for name in ("coc2", "std2", "shift"))
         good = np.isfinite(std2) & (coc2 < (MAX_BLUR_SQUARES * square_px[which]) ** 2)
         if good.sum() < MIN_CORNERS // 2:
@@ -263,6 +265,27 @@ class _Tracker:
             geometry,
         )
 
+    @staticmethod
+    def _coarse(
+        bank: _DiscBank, image: NDArray[np.float32], boxes: Sequence[tuple[slice, slice]], largest: float
+    ) -> tuple[NDArray[np.float64], float]:
+        """((n, 2) diameters between which each window's blur lies, median unexplained share), at half resolution."""
+        small = cv2.resize(image, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
+        small_bank = bank.halved()
+        boxes = [(slice(y.start // 2, y.stop // 2), slice(x.start // 2, x.stop // 2)) for y, x in boxes]
+        patches = [_Patch(small[box]) for box in boxes]
+        levels = _levels(0.0, largest, 1.4)
+        costs = np.array(
+            [
+                [patch.cost(template[box]) for patch, box in zip(patches, boxes, strict=True)]
+                for template in (small_bank(0.5 * level) for level in levels)
+            ]
+        )
+        best = costs.argmin(axis=0)
+        table = np.array(levels)
+        near = np.stack([table[np.maximum(best - 1, 0)], table[np.minimum(best + 1, len(levels) - 1)]], axis=1)
+        return near, float(np.median(costs.min(axis=0)))
+
 
 class _PatchFit(NamedTuple):
     coc2: float
@@ -274,15 +297,17 @@ class _Patch:
     """One window of a frame, and its least-squares comparison with windows of the template."""
 
     def __init__(self, image: NDArray[np.float32]) -> None:
-        self.shape = image.shape
-        self.pixels = image.astype(np.float64).ravel()
+        self.stride = max(1, int(np.sqrt(image.size / PATCH_PIXELS)))
+        self.inner = (slice(1, -1, self.stride), slice(1, -1, self.stride))
+        self.pixels = image[self.inner].astype(np.float64).ravel()
         self.pixels -= self.pixels.mean()
-        self.energy = float(self.pixels @ self.pixels) + 1e-12
+        self.energy = float(np.sum(self.pixels**2)) + 1e-12
 
     def cost(self, template: NDArray[np.float32]) -> float:
         """Unexplained share of the window's variance for the best gain and offset."""
-        centered = template.ravel() - template.mean()
-        return 1.0 - float(max(centered @ self.pixels, 0.0)) ** 2 / (float(centered @ centered) + 1e-12) / self.energy
+        centered = template[self.inner].ravel().astype(np.float64)
+        centered -= centered.mean()
+        return 1.0 - max(float(centered @ self.pixels), 0.0) ** 2 / (float(centered @ centered) + 1e-12) / self.energy
 
     def fit(self, levels: Sequence[float], templates: Sequence[NDArray[np.float32]]) -> _PatchFit:
         """Squared diameter, its standard error and the window's shift, from the pair of levels that fits best.
@@ -291,10 +316,12 @@ class _Patch:
         """
         best_cost, best = np.inf, _PatchFit(np.nan, np.nan, np.zeros(2))
         for k in range(len(levels) - 1):
-            low, high = templates[k].astype(np.float64), templates[k + 1].astype(np.float64)
+            low, high, n = templates[k], templates[k + 1], self.stride
             middle = 0.5 * (low + high)
-            slope_y, slope_x = np.gradient(middle)
-            columns = np.stack([low.ravel(), (high - low).ravel(), slope_x.ravel(), slope_y.ravel()])
+            slope_x = 0.5 * (middle[1:-1:n, 2::n] - middle[1:-1:n, :-2:n])
+            slope_y = 0.5 * (middle[2::n, 1:-1:n] - middle[:-2:n, 1:-1:n])
+            parts = (low[self.inner], (high - low)[self.inner], slope_x, slope_y)
+            columns = np.stack([part.ravel() for part in parts]).astype(np.float64)
             columns -= columns.mean(axis=1, keepdims=True)
             normal = columns @ columns.T
             try:
@@ -315,7 +342,7 @@ class _Patch:
                 std_t = np.sqrt(variance * max(inverse[1, 1] - 2 * t * inverse[0, 1] + t * t * inverse[0, 0], 0)) / gain
                 best_cost = cost
                 best = _PatchFit(
-                    float(levels[k] ** 2 + np.clip(t, -1.0, 2.0) * span),
+                    levels[k] ** 2 + float(np.clip(t, -1.0, 2.0)) * span,
                     float(std_t * span),
                     np.array([-right / gain, -down / gain]),
                 )
@@ -327,6 +354,7 @@ class _DiscBank:
 
     def __init__(self, sharp: NDArray[np.float32], floor_sigma_px: float) -> None:
         self.shape = sharp.shape
+        self._sharp, self._floor_sigma_px = sharp, floor_sigma_px
         padded = [scipy.fft.next_fast_len(n, real=True) for n in sharp.shape]
         full = np.ones(padded, np.float32)
         full[: sharp.shape[0], : sharp.shape[1]] = sharp
@@ -337,6 +365,11 @@ class _DiscBank:
         if floor_sigma_px > 0:
             self._spectrum *= np.exp(-2.0 * (np.pi * floor_sigma_px * self._frequency) ** 2)
         self._argument = np.linspace(0.0, 1.0, 8192)
+
+    def halved(self) -> _DiscBank:
+        """The bank of the template at half the resolution."""
+        half = cv2.resize(self._sharp, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
+        return _DiscBank(half, 0.5 * self._floor_sigma_px)
 
     def __call__(self, coc_px: float) -> NDArray[np.float32]:
         if coc_px <= 0:
@@ -375,7 +408,7 @@ def _extrapolate(known: list[tuple[float, Similarity]], position: float) -> Simi
     values = np.array([g for _, g in known[-4:]])
     slope, level = np.polyfit(at - position, values, 1)
     del slope
-    return Similarity(*(float(v) for v in level))
+    return Similarity(float(level[0]), float(level[1]), float(level[2]))
 
 
 def _regress(

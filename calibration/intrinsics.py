@@ -18,6 +18,7 @@ from capture.lens import Intrinsics, Measured
 GOOD_RATIO = 0.01  # relative standard error of the focal length up to which the boards are believed
 NOMINAL_RATIO = 0.03  # of a focal length written on the lens: rounded, and shorter when focused near
 SYSTEMATIC_RATIO = 1e-3  # flatness of the board and the like: never better than this
+CORNER_STD_PX = 0.1
 PRINCIPAL_POINT_RATIO = 0.01  # of the width; where the sensor sits behind a lens when nothing else is known
 
 FloatArray = NDArray[np.float64]
@@ -54,7 +55,9 @@ def estimate_intrinsics(
         rms, matrix, bend, _, _, std, _, _ = cv2.calibrateCameraExtended(
             objects, images, (width, height), camera.copy(), np.zeros(5), flags=flags
         )
-        return float(rms), np.asarray(matrix), np.asarray(bend).ravel(), np.asarray(std).ravel()
+        # OpenCV's errors follow from the scatter; what all corners share (print, template) does not scatter
+        worse = max(1.0, CORNER_STD_PX / max(float(rms), 1e-6))
+        return float(rms), np.asarray(matrix), np.asarray(bend).ravel(), np.asarray(std).ravel() * worse
 
     _, matrix, bend, std = solve(common)
     distorted = bool(abs(bend[0]) > 3.0 * std[4] and abs(bend[0]) * (width / matrix[0, 0] / 2) ** 2 * width / 2 > 0.2)
