@@ -85,6 +85,7 @@ def run(stacks: Sequence[str], job: Job, *, workers: int = 1, address: str | Non
 
     Raises SomeFailedError at the end if any failed; with a single stack its own error instead.
     """
+    remote.prepare_output(job.out)
     todo = [stack for stack in stacks if job.force or not remote.is_complete(job.out, stack_name(stack))]
     outcomes = [Outcome(stack, "skipped", folder=_folder(job, stack)) for stack in stacks if stack not in todo]
     for outcome in outcomes:
@@ -234,7 +235,6 @@ def _process_on_worker(stack: str, job: Job, threads: int | None) -> dict[str, A
 def _write_summary(job: Job, outcomes: Sequence[Outcome]) -> None:
     """`batch.json` in the output folder: one entry a stack."""
     with remote.output_folder(job.out) as out:
-        out.mkdir(parents=True, exist_ok=True)
         partial = out / f".batch.json.{os.getpid()}"
         partial.write_text(json.dumps([asdict(o) for o in outcomes], indent=2) + "\n", encoding="utf-8")
         partial.replace(out / "batch.json")

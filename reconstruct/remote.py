@@ -61,6 +61,24 @@ def is_complete(out: str, name: str) -> bool:
     return bool(files.exists(f"{path.rstrip('/')}/{name}/{result.RECORD}"))
 
 
+def prepare_output(out: str) -> None:
+    """Make the output folder and try to write there, so that hours of work do not end in an error.
+
+    Raises UsageError if it cannot be written.
+    """
+    try:
+        if is_url(out):
+            files, path = filesystem(out)
+            files.makedirs(path, exist_ok=True)
+            return
+        Path(out).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UsageError(f"{out} cannot be written ({reason}); choose another output folder with -o") from None
+
+
 @contextlib.contextmanager
 def output_folder(out: str) -> Iterator[Path]:
     """A local folder to write results into; for a URL they are uploaded at the end, the record last."""

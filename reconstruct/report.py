@@ -193,17 +193,20 @@ def _cloud(result: Reconstruction) -> dict[str, Any]:
     sure = result.confidence[::stride, ::stride]
     known = np.isfinite(xyz).all(axis=-1)
     if not known.any():
-        return {"xyz": "", "rgb": "", "confidence": "", "point": 0.01}
+        return {"xyz": "", "rgb": "", "confidence": "", "point": 0.01, "depth": 1.0, "zoom": 2.0}
     low, high = np.percentile(xyz[known], [1, 99], axis=0)
     extent = float((high - low)[:2].max())
-    centred = (xyz[known] - (low + high) / 2) / max(extent, 1e-9)
+    middle = np.array([0.0, 0.0, (low[2] + high[2]) / 2])  # on the optical axis, so that the first view is the camera's
+    centred = (xyz[known] - middle) / max(extent, 1e-9)
     keep = (np.abs(centred) < 1).all(axis=-1)
     quantised = np.rint(centred[keep] * 32767).astype("<i2")
     return {
         "xyz": _base64(quantised.tobytes()),
         "rgb": _base64(rgb[known][keep].tobytes()),
         "confidence": _base64(np.rint(sure[known][keep] * 255).astype(np.uint8).tobytes()),
-        "point": 1.9 * 1.3 / (xyz.shape[1] or 1),
+        "point": 1.4 * stride / result.intrinsics.focal_px,
+        "depth": float(middle[2]) / max(extent, 1e-9),
+        "zoom": 2 * result.intrinsics.focal_px / max(depth.shape[0], depth.shape[1] * 640 / 1200),
     }
 
 

@@ -1,0 +1,104 @@
+"""Finding stacks, skipping finished ones, going past failures, URLs."""
+
+import json
+
+import cv2
+import fsspec
+import numpy as np
+import pytest
+
+from capture.errors import DataError, SomeFailedError, UsageError
+from reconstruct import batch
+from reconstruct.infer import Settings
+from reconstruct.job import Job, stack_name
+from tests.reconstruct.small_stack import write_small_stack
+
+SETTINGS = Settings(method="plane-sweep", device="cpu", align=False)
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    """Two good stacks (one in a folder below), one damaged, and a folder of photographs."""
+    folder = tmp_path_factory.mktemp("archive")
+    good = write_small_stack(folder / "good.h5")
+    (folder / "evening").mkdir()
+    write_small_stack(folder / "evening" / "second.h5", seed=1)
+    (folder / "damaged.h5").write_bytes(good.read_bytes()[:20_000])
+    photographs = folder / "photographs"
+    photographs.mkdir()
+    rng = np.random.default_rng(0)
+    picture = cv2.GaussianBlur(rng.integers(0, 255, (64, 80, 3)).astype(np.uint8), (0, 0), 1)
+    for i, sigma in enumerate((0.5, 1.5)):
+        cv2.imwrite(str(photographs / f"frame_{i}.png"), cv2.GaussianBlur(picture, (0, 0), sigma))
+    return folder
+
+
+def test_finds_stacks_and_folders_of_photographs(archive):
+    found = {stack_name(stack) for stack in batch.find_stacks([str(archive)])}
+    assert found == {"good", "second", "damaged", "photographs"}
+
+
+def test_a_failed_stack_does_not_stop_the_others_and_a_second_run_does_nothing(archive, tmp_path, capsys):
+    job = Job(str(tmp_path / "out"), SETTINGS)
+    stacks = batch.find_stacks([str(archive)])
+    with pytest.raises(SomeFailedError, match="1 of 4 stacks failed: damaged"):
+        batch.run(stacks, job)
+    assert "damaged.h5" in capsys.readouterr().err
+    entries = {
+        entry["stack"].rsplit("/", 1)[-1]: entry for entry in json.loads((tmp_path / "out/batch.json").read_text())
+    }
+    assert {name: entry["status"] for name, entry in entries.items()} == {
+        "good.h5": "done",
+        "second.h5": "done",
+        "photographs": "done",
+        "damaged.h5": "failed",
+    }
+    record = json.loads((tmp_path / "out/photographs/reconstruction.json").read_text())
+    assert record["metric"] is False
+    good = [stack for stack in stacks if "damaged" not in stack]
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("depth.npy")}
+    assert {outcome.status for outcome in batch.run(good, job)} == {"skipped"}
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("depth.npy")}
+
+
+def test_results_are_not_taken_for_stacks(archive, tmp_path):
+    out = tmp_path / "out"
+    batch.run([str(archive / "good.h5")], Job(str(out), SETTINGS))
+    with pytest.raises(DataError, match="no focal stack"):
+        batch.find_stacks([str(out)])
+
+
+def test_a_single_stack_fails_with_its_own_error(archive, tmp_path):
+    with pytest.raises(DataError, match=r"damaged\.h5"):
+        batch.run([str(archive / "damaged.h5")], Job(str(tmp_path), SETTINGS))
+
+
+def test_two_stacks_of_one_name_are_refused(archive, tmp_path):
+    write_small_stack(tmp_path / "good.h5")
+    with pytest.raises(UsageError, match="would both write good/"):
+        batch.find_stacks([str(archive), str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("location", "words"), [("/no/such/place", "does not exist"), ("memory://nowhere", "does not exist")]
+)
+def test_a_place_that_is_not_there(location, words):
+    with pytest.raises(UsageError, match=words):
+        batch.find_stacks([location])
+
+
+def test_from_a_bucket_to_a_bucket(archive):
+    files = fsspec.filesystem("memory")
+    files.pipe("/bucket/in/good.h5", (archive / "good.h5").read_bytes())
+    stacks = batch.find_stacks(["memory://bucket/in"])
+    batch.run(stacks, Job("memory://bucket/out", SETTINGS))
+    written = {name.rsplit("/", 1)[-1] for name in files.find("/bucket/out")}
+    assert {"depth.npy", "report.html", "reconstruction.json", "batch.json"} <= written
+    assert batch.run(stacks, Job("memory://bucket/out", SETTINGS))[0].status == "skipped"
+
+
+@pytest.mark.slow
+def test_on_workers(archive, tmp_path):
+    stacks = [stack for stack in batch.find_stacks([str(archive)]) if "damaged" not in stack]
+    outcomes = batch.run(stacks, Job(str(tmp_path), SETTINGS), workers=2)
+    assert {outcome.status for outcome in outcomes} == {"done"}

@@ -1,0 +1,109 @@
+"""One stack in, depth out: right, tiled as untiled, at any working scale, honest when uncalibrated."""
+
+import numpy as np
+import pytest
+
+from capture.errors import DataError, UsageError
+from capture.optics import Condition
+from capture.stack import FocalStack, write_stack
+from reconstruct import infer
+from reconstruct.infer import Settings, reconstruct
+from tests.reconstruct.small_stack import FOCUS_DPT, LENS, small_scene, write_small_stack
+
+CPU = Settings(method="plane-sweep", device="cpu")
+
+
+def blur_error_px(answer, scene):
+    return np.abs(answer.inverse_depth_dpt - 1 / scene.depth_m) * answer.kappa_px_per_dpt.mean()
+
+
+@pytest.fixture(scope="module")
+def stack_file(tmp_path_factory):
+    return write_small_stack(tmp_path_factory.mktemp("stacks") / "small.h5")
+
+
+def test_depth_in_metres_and_a_sharp_picture(stack_file):
+    with FocalStack.open(stack_file) as stack:
+        answer = reconstruct(stack, CPU)
+        sharpest = max(np.mean((stack.linear(i) - stack.truth_aif) ** 2) ** -1 for i in range(stack.n_frames))
+    assert answer.metric
+    assert np.median(blur_error_px(answer, small_scene())) < 0.3
+    assert 1 / np.mean((answer.aif - small_scene().aif) ** 2) > 2 * sharpest
+    assert answer.record["optics"]["source"] == "thin lens"
+
+
+def test_tiles_leave_no_trace(stack_file, monkeypatch):
+    with FocalStack.open(stack_file) as stack:
+        whole = reconstruct(stack, CPU)
+        monkeypatch.setattr(infer, "TILE_PX", 32)
+        monkeypatch.setattr(infer, "HALO_PX", 28)
+        tiled = reconstruct(stack, CPU)
+    assert np.median(np.abs(tiled.inverse_depth_dpt - whole.inverse_depth_dpt)) < 1e-3
+
+
+def test_wide_blur_is_worked_on_at_a_smaller_scale(stack_file):
+    with FocalStack.open(stack_file) as stack:
+        answer = reconstruct(stack, Settings(device="cpu", max_coc_px=6.0))
+    assert answer.record["working_scale"] == 1.0  # too small a picture to reduce further
+    scene = small_scene(160, 192)
+    with FocalStack.open(write_small_stack(stack_file.with_name("larger.h5"), scene=scene)) as stack:
+        answer = reconstruct(stack, Settings(device="cpu", max_coc_px=6.0))
+    assert answer.record["working_scale"] == 0.5
+    assert answer.aif.shape == (160, 192, 3)
+    assert np.median(blur_error_px(answer, scene)) < 0.5
+
+
+def test_uncalibrated_depth_is_relative_and_ordered(tmp_path):
+    path = write_small_stack(tmp_path / "relative.h5", lens=None, calibrated=False)
+    with FocalStack.open(path) as stack:
+        answer = reconstruct(stack, CPU)
+    assert not answer.metric
+    assert "no unit" in answer.record["warnings"][0]
+    depth, truth = answer.depth, small_scene().depth_m
+    square = truth < 1.2
+    assert np.median(depth[square]) < np.median(depth[~square])
+    assert np.corrcoef(answer.inverse_depth_dpt.ravel(), 1 / truth.ravel())[0, 1] > 0.9
+
+
+def test_distances_without_a_lens_give_metres_and_say_how(tmp_path):
+    path = write_small_stack(tmp_path / "distances.h5", lens=None)
+    with FocalStack.open(path) as stack:
+        answer = reconstruct(stack, CPU)
+    assert answer.metric
+    assert answer.record["optics"]["source"] == "focus distances only"
+    assert np.median(np.abs(answer.inverse_depth_dpt - 1 / small_scene().depth_m)) < 0.05
+
+
+def test_breathing_is_removed(tmp_path):
+    path = write_small_stack(
+        tmp_path / "breathing.h5",
+        scene=small_scene(144, 192),
+        condition=Condition(noise_std=0.003, breathing=-0.03),
+    )
+    with FocalStack.open(path) as stack:
+        answer = reconstruct(stack, CPU)
+    scales = np.array(answer.record["alignment"]["scales"])
+    np.testing.assert_allclose(scales[0] / scales[-1], 0.97, atol=0.004)
+
+
+def test_frames_that_do_not_belong_together_are_refused(tmp_path):
+    frames = [(small_scene(144, 192, seed=seed).aif * 255).astype(np.uint8) for seed in (0, 0, 1, 0)]
+    path = tmp_path / "strangers.h5"
+    write_stack(path, np.stack(frames), focus_distance_m=1 / np.array(FOCUS_DPT), lens=LENS, transfer="linear")
+    with FocalStack.open(path) as stack:
+        with pytest.raises(DataError, match=r"strangers\.h5.*--allow-misaligned"):
+            reconstruct(stack, CPU)
+        reconstruct(stack, Settings(device="cpu", max_residual_px=np.inf))
+
+
+def test_an_absent_gpu_is_one_sentence(stack_file):
+    with FocalStack.open(stack_file) as stack, pytest.raises(UsageError, match="CUDA"):
+        reconstruct(stack, Settings(device="cuda:7"))
+
+
+def test_guided_filter_follows_the_guide():
+    guide = np.zeros((40, 40), np.float32)
+    guide[:, 20:] = 1
+    rough = np.tile(np.clip((np.arange(40) - 15) / 10, 0, 1).astype(np.float32), (40, 1))
+    sharp = infer.guided_filter(guide, rough, radius=6, epsilon=1e-4)
+    assert sharp[20, 20] - sharp[20, 19] > 0.4
