@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -23,8 +23,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from capture.optics import ApertureRenderer, Psf
+from capture.alignment import align_stack
+from capture.errors import DataError
+from capture.lens import LensProfile
+from capture.optics import ApertureRenderer, Psf, Quality
 from capture.scenes import Scene, srgb_to_linear
+from capture.stack import FocalStack
+from reconstruct.optics import optics_of
 
 PHOTOGRAPHS = (
     "astronaut",
@@ -221,8 +226,8 @@ def procedural_training_scene(seed: Sequence[int], size: int) -> Scene:
     depth = _surface(rng, fine, low + span * rng.beta(1, 2), span * rng.uniform(0.0, 0.5))
     if rng.random() < 0.35:  # a floor or a wall meeting the ground
         other = _surface(rng, fine, low + span * rng.uniform(0.3, 0.9), span * 0.6)
-        mask = other > depth
-        depth, image = np.where(mask, other, depth), np.where(mask[..., None], _texture(rng, fine), image)
+        nearer = other > depth
+        depth, image = np.where(nearer, other, depth), np.where(nearer[..., None], _texture(rng, fine), image)
     objects = int(rng.integers(1, 14))
     order = np.sort(rng.random(objects)) if rng.random() < 0.8 else rng.random(objects)
     for place in order:
@@ -286,7 +291,7 @@ def render_scene(seed: Sequence[int], size: int) -> RenderedScene:
     breathing = rng.normal(0, 0.006) if moving else 0.0
     shake_px = rng.uniform(0, 0.4) if moving else 0.0
     softness_px = rng.uniform(0.3, 0.7) if rng.random() < 0.4 else 0.0
-    quality = "full" if rng.random() < 0.12 else "fast"
+    quality: Quality = "full" if rng.random() < 0.12 else "fast"
     renderer = ApertureRenderer(scene, float(kappa.max()))
     frames = []
     for q, k in zip(focus, kappa, strict=True):
@@ -397,3 +402,76 @@ class SimulatedBatches:
         chosen = rng.integers(0, available, self.size)
         parts = [training_stack(self.pool[int(i)], rng, frames, self.crop) for i in chosen]
         return StackBatch(*(torch.from_numpy(np.stack(x)) for x in zip(*parts, strict=True)))
+
+
+# ---------------------------------------------------------------------------------------------- captured stacks
+
+LONGEST_SIDE_PX = 1024  # captured stacks are trained on at this size or below
+WIDEST_BLUR_PX = 40.0  # and so that the widest blur of the sweep stays below this
+
+
+@dataclass(frozen=True)
+class CapturedStack:
+    """One captured stack, aligned, at the size it is trained on. Its ground truth, if any, is not in here.
+
+    Attributes:
+        name: for tables.
+        frames: (S, 3, h, w) linear float32, on the CPU.
+        valid: (S, h, w), False where a frame has no data.
+        focus_dpt, kappa: (S,), the gain at this size.
+        metric: False where focus distances are unknown and depth is only ordered.
+    """
+
+    name: str
+    frames: Tensor
+    valid: Tensor
+    focus_dpt: Tensor
+    kappa: Tensor
+    metric: bool
+
+    def without(self, index: int) -> CapturedStack:
+        """The same stack as if frame `index` had not been taken."""
+        keep = [i for i in range(len(self.frames)) if i != index]
+        return replace(
+            self,
+            frames=self.frames[keep],
+            valid=self.valid[keep],
+            focus_dpt=self.focus_dpt[keep],
+            kappa=self.kappa[keep],
+        )
+
+
+def load_captured(path: str | Path, profile: LensProfile | None = None) -> CapturedStack:
+    """The stack at `path`, aligned and reduced to training size.
+
+    Raises DataError if the stack cannot be trusted or does not align.
+    """
+    with FocalStack.open(path) as stack:
+        optics = optics_of(stack, profile)
+        widest_px = 0.0 if optics.kappa_px_per_dpt is None else float(optics.kappa_px_per_dpt.max())
+        widest_px *= float(np.ptp(optics.focus_dpt))
+        step = max(1, -(-max(stack.height, stack.width) // LONGEST_SIDE_PX), int(np.ceil(widest_px / WIDEST_BLUR_PX)))
+        height, width = stack.height // step * step, stack.width // step * step
+        size = (width // step, height // step)
+        small = np.stack(
+            [
+                cv2.resize(stack.linear(i, slice(height), slice(width)), size, interpolation=cv2.INTER_AREA)
+                for i in range(stack.n_frames)
+            ]
+        )
+        alignment = align_stack(small, optics.focus_dpt, scales=optics.scales)
+        try:
+            alignment.check()
+        except DataError as error:
+            raise DataError(f"{path}: {error}") from None
+        aligned = np.stack([alignment.apply(frame, i) for i, frame in enumerate(small)])
+        valid = np.repeat(alignment.valid_mask()[None], stack.n_frames, axis=0)
+        frames = torch.from_numpy(np.ascontiguousarray(aligned.transpose(0, 3, 1, 2)))
+        focus = torch.as_tensor(optics.focus_dpt, dtype=torch.float32)
+        if optics.kappa_px_per_dpt is None:
+            from reconstruct.plane_sweep import estimate_gain
+
+            kappa = torch.full_like(focus, float(estimate_gain(frames, focus)))
+        else:
+            kappa = torch.as_tensor(optics.kappa_px_per_dpt * alignment.kappa_factor / step, dtype=torch.float32)
+        return CapturedStack(Path(path).stem, frames, torch.from_numpy(valid), focus, kappa, optics.metric)

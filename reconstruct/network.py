@@ -182,7 +182,7 @@ class DefaultNet(nn.Module):
         self.detail = nn.Conv2d(32, 4 * 9 + 12 + 4, 1)
         for head in (self.logit, self.detail, self.sharp):
             nn.init.normal_(head.weight, std=1e-3)
-            nn.init.zeros_(head.bias)
+            nn.init.constant_(head.bias, 0.0)  # type: ignore[arg-type]
 
     def forward(
         self,
@@ -325,6 +325,11 @@ def _convex_twice(x: Tensor, weights: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------------------- paper net
 
 
+class _TwoConv(nn.Sequential):
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(_conv(inputs, outputs), nn.ReLU(), _conv(outputs, outputs), nn.ReLU())
+
+
 class PaperNet(nn.Module):
     """The `paper` preset: DAIF-Net as its authors coded it, 1,963,332 parameters at W = 16, D = 4.
 
@@ -348,12 +353,10 @@ class PaperNet(nn.Module):
         super().__init__()
         self.near_m, self.far_m, self.post, self.levels = near_m, far_m, post, levels
         widths = [width * 2**i for i in range(levels)]
-        self.down = nn.ModuleList(
-            nn.ModuleList([_conv(4 if i == 0 else w, w), _conv(w, w)]) for i, w in enumerate(widths)
-        )
+        self.down = nn.ModuleList(_TwoConv(4 if i == 0 else w, w) for i, w in enumerate(widths))
         self.bottleneck = _conv(2 * widths[-1], 2 * widths[-1])
         self.up = nn.ModuleList(_conv(2 * w, w) for w in reversed(widths))
-        self.joint = nn.ModuleList(nn.ModuleList([_conv(2 * w, w), _conv(w, w)]) for w in reversed(widths))
+        self.joint = nn.ModuleList(_TwoConv(2 * w, w) for w in reversed(widths))
         self.out = nn.ModuleList([_conv(width, width), _conv(width, 4)])
 
     def raw(self, frames: Tensor, focus_distance_m: Tensor) -> Tensor:
@@ -362,15 +365,15 @@ class PaperNet(nn.Module):
         distance = focus_distance_m[:, :, None, None, None].expand(-1, -1, 1, height, width)
         x = torch.cat([frames, distance], 2).flatten(0, 1)
         skips = []
-        for first, second in self.down:  # type: ignore[misc]
-            x = F.relu(second(F.relu(first(x))))
+        for down in self.down:
+            x = down(x)
             skips.append(x.unflatten(0, (size_b, size_s)).amax(1))
             own = F.max_pool2d(x, 2).unflatten(0, (size_b, size_s))
             x = torch.cat([own, own.amax(1, keepdim=True).expand_as(own)], 2).flatten(0, 1)
         x = F.relu(self.bottleneck(x)).unflatten(0, (size_b, size_s)).amax(1)
-        for up, (first, second) in zip(self.up, self.joint, strict=True):  # type: ignore[misc]
+        for up, joint in zip(self.up, self.joint, strict=True):
             x = F.relu(up(F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)))
-            x = F.relu(second(F.relu(first(torch.cat([x, skips.pop()], 1)))))
+            x = joint(torch.cat([x, skips.pop()], 1))
         return F.relu(self.out[1](F.relu(self.out[0](x))))
 
     def depth_m(self, raw: Tensor) -> Tensor:

@@ -49,6 +49,8 @@ def load_network(weights: str | Path, device: torch.device, preset: str | None =
     """
     path = DEFAULT_WEIGHTS if str(weights) == "default" else Path(weights)
     tensors, about = load_weights(path, preset)
+    if about.get("preset") not in ("default", "paper"):
+        raise DataError(f"{path}: weights of an unknown preset, {about.get('preset')!r}; update daif or train anew")
     network = wrap(build(about["preset"]), about, f"{weights if str(weights) == 'default' else path.name}")
     try:
         network.net.load_state_dict(tensors)

@@ -1,29 +1,32 @@
-"""The training loop, for pretraining on simulated stacks and for everything that starts from captured ones.
+"""The training loop: one visible `for`, used for pretraining, for training from nothing and for fine-tuning.
 
-One visible loop in plain torch. Data order is a pure function of (seed, step) and every random state is stored, so
-a run that was killed continues to bit-equal weights on a CPU.
+Data order is a pure function of (seed, step), and every state that training carries is stored, so a run that was
+killed continues to bit-equal weights on a CPU. Under `torchrun` every process works on its own batches and gradients
+are averaged.
 """
 
 from __future__ import annotations
 
-import json
-import logging
 import math
+import os
+import shutil
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from capture.errors import DataError
+from capture.errors import DataError, UsageError
 from reconstruct.checkpoint import latest_state, load_state, save_state, save_weights
 from reconstruct.dataset import ScenePool, SimulatedBatches, StackBatch
-from reconstruct.network import DefaultNet, NetworkOutput, place_hypotheses
-
-logger = logging.getLogger(__name__)
+from reconstruct.network import DefaultNet, NetworkOutput, PaperNet, build, place_hypotheses
 
 
 class TrainConfig(BaseModel):
@@ -49,9 +52,16 @@ class TrainConfig(BaseModel):
     spread_weight: float = Field(0.05, ge=0)
     aif_weight: float = Field(2.0, ge=0)
     checkpoint_seconds: float = Field(150.0, gt=0)
+    keep: Literal["last", "best"] = Field("last", description="which averaged weights are the result")
+    patience: int = Field(0, ge=0, description="stop after so many checks without progress; 0 never")
     keep_states: int = Field(2, ge=1)
+    checkpoint_every: int = Field(500, ge=1, description="steps")
     validate_every: int = Field(250, ge=1)
     log_every: int = Field(20, ge=1)
+
+
+NOT_PART_OF_THE_RESULT = {"checkpoint_seconds", "checkpoint_every", "keep_states", "log_every"}
+EXTENDABLE = {"steps"}  # a run may be made longer or shorter while it is under way
 
 
 class SupervisedTerms(NamedTuple):
@@ -114,10 +124,75 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
 
 
+class Task(Protocol):
+    """What a run learns from: where batches come from, what is minimised, how progress is judged."""
+
+    teacher: str  # said in the log and stored with the weights
+
+    def batch(self, step: int, rank: int) -> StackBatch:
+        """The batch of `step` for process `rank`: the same one whenever it is asked for."""
+        ...
+
+    def terms(self, output: NetworkOutput, batch: StackBatch) -> NamedTuple:
+        """Weighted loss terms; their sum is minimised."""
+        ...
+
+    def validate(self, net: nn.Module) -> dict[str, float]:
+        """How good `net` is, the same question at every call; the first figure decides, lower is better."""
+        ...
+
+    def pictures(self, net: nn.Module) -> dict[str, Tensor]:
+        """Images (N, C, H, W), 0 to 1, for TensorBoard."""
+        ...
+
+
+@dataclass
+class SimulatedTask:
+    """Supervised by simulated truth: scenes of a `ScenePool`, and 24 others held out for validation."""
+
+    config: TrainConfig
+    pool: Path
+    teacher = "supervised by simulated truth; no captured stack, no photograph with depth"
+
+    def __post_init__(self) -> None:
+        config = self.config
+        scenes = ScenePool(self.pool, config.seed, config.scene_px)
+        self.data = SimulatedBatches(scenes, config.scenes, config.first_scenes, config.batch, config.crop_px)
+        others = ScenePool(self.pool, config.seed + 1000, config.scene_px)
+        held_out = SimulatedBatches(others, 24, 24, 6, config.crop_px)
+        self.held_out = [held_out.batch(i) for i in range(4)]
+
+    def batch(self, step: int, rank: int) -> StackBatch:
+        return self.data.batch(step, rank)
+
+    def terms(self, output: NetworkOutput, batch: StackBatch) -> NamedTuple:
+        return supervised_terms(output, batch, self.config)
+
+    def validate(self, net: nn.Module) -> dict[str, float]:
+        return validate(net, self.held_out)
+
+    def pictures(self, net: nn.Module) -> dict[str, Tensor]:
+        return depth_pictures(net, self.held_out[0])
+
+
+def depth_pictures(net: nn.Module, batch: StackBatch) -> dict[str, Tensor]:
+    """Depth wanted and depth found side by side, and the all-in-focus image, for TensorBoard."""
+    batch = batch.to(next(net.parameters()).device)
+    assert batch.inverse_depth_dpt is not None
+    with torch.inference_mode():
+        output = net(batch.frames, batch.focus_dpt, batch.kappa)
+    both = torch.cat([batch.inverse_depth_dpt, output.inverse_depth_dpt], 3)
+    low, high = batch.inverse_depth_dpt.amin(), batch.inverse_depth_dpt.amax()
+    return {"wanted_and_found": ((both - low) / (high - low)).clamp(0, 1), "aif": output.aif.clamp(0, 1).sqrt()}
+
+
 def validate(model: nn.Module, batches: list[StackBatch]) -> dict[str, float]:
-    """Mean and median error in pixels of CoC, share within 1 px, and mean absolute AIF error, over `batches`."""
+    """Errors over `batches` in pixels of CoC diameter (mean, median, RMSE, share below 1 px) and of the AIF (L1)."""
     errors, aif = [], []
-    for batch in batches:
+    device = next(model.parameters()).device
+    for batch in (batch.to(device) for batch in batches):
+        assert batch.inverse_depth_dpt is not None
+        assert batch.aif is not None
         with torch.inference_mode():
             output = model(batch.frames, batch.focus_dpt, batch.kappa)
         kappa = batch.kappa.mean(1)[:, None, None, None]
@@ -134,7 +209,10 @@ def validate(model: nn.Module, batches: list[StackBatch]) -> dict[str, float]:
     }
 
 
-class _Ema:
+# -------------------------------------------------------------------------------------------------------- the loop
+
+
+class _Average:
     """Exponential moving average of the weights; its horizon grows with the step, up to 1 / (1 - decay)."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -148,85 +226,280 @@ class _Ema:
             self.tensors[name].lerp_(tensor, 1 - decay)
 
 
-def pretrain(config: TrainConfig, run: Path, pool: Path, *, resume: bool = False) -> Path:
-    """Train on simulated stacks with their truth; returns the weights file in `run`.
+def fit(
+    net: DefaultNet | PaperNet,
+    task: Task,
+    config: TrainConfig,
+    run: Path,
+    *,
+    device: torch.device,
+    resume: bool = False,
+    before: dict[str, Any] | None = None,
+) -> dict[str, Tensor]:
+    """Train `net` in place on `task`; returns the averaged weights, and leaves states and logs in `run`.
 
-    Raises DataError if the loss is no longer finite; the last good state stays in `run`.
+    Args:
+        net: where training starts; ignored when a state is resumed.
+        task: data and loss.
+        config: everything else.
+        run: folder for the states (`step-...`), TensorBoard events and, at the end, nothing else.
+        device: from `pick_device`.
+        resume: continue from the newest state in `run`, if there is one.
+        before: stored in every state, for whoever reads it later.
+
+    Raises:
+        DataError: a state that is damaged or belongs to another config; a loss that is not finite (the last good
+            state stays).
+        UsageError: `run` holds states and `resume` is False; the batch does not fit into memory.
     """
-    torch.manual_seed(config.seed)
-    model: nn.Module = DefaultNet()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-    average = _Ema(model, config.ema_decay)
-    data = SimulatedBatches(
-        ScenePool(pool, config.seed, config.scene_px), config.scenes, config.first_scenes, config.batch, config.crop_px
-    )
-    held_out = SimulatedBatches(ScenePool(pool, config.seed + 1000, config.scene_px), 24, 24, 6, config.crop_px)
-    validation = [held_out.batch(i) for i in range(4)]
-    start = 0
-    state = latest_state(run) if resume else None
-    if state is not None:
-        parts, about = load_state(state)
-        model.load_state_dict(parts["model"])
-        average.tensors = parts["average"]
-        _load_optimizer(optimizer, model, parts["optimizer"])
-        start = about["step"]
+    rank, world = _join_processes(device)
+    net.to(device)
+    if device.type == "cuda":
+        net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.AdamW(net.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    average = _Average(net, config.ema_decay)
+    start, history, best = _resume(net, optimizer, average, config, run, resume)
+    model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
+    scores = [entry["score"] for entry in history]
+    board = _tensorboard(run) if rank == 0 else None
     saved_at = time.monotonic()
-    history: list[dict[str, Any]] = []
-    began, stacks = time.monotonic(), 0
-    for step in range(start, config.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
-        batch = data.batch(step)
-        terms = supervised_terms(model(batch.frames, batch.focus_dpt, batch.kappa), batch, config)
-        loss = torch.stack(list(terms)).sum()
-        if not torch.isfinite(loss):
-            raise DataError(f"step {step}: loss is {loss.item()}; the last good state is in {run}")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
-        optimizer.step()
-        average.update(model, step)
-        stacks += config.batch
-        done = step + 1
-        if done % config.log_every == 0:
-            rate = stacks / (time.monotonic() - began)
-            named = " ".join(f"{name} {float(term):.3f}" for name, term in terms._asdict().items())
-            logger.info("step %d/%d  %s  |g| %.2f  %.2f stacks/s", done, config.steps, named, float(norm), rate)
-        if done % config.validate_every == 0 or done == config.steps:
-            shown = DefaultNet()
-            shown.load_state_dict(average.tensors)
-            metrics = validate(shown, validation)
-            history.append({"step": done, **metrics})
-            logger.info("validation at %d: %s", done, json.dumps(metrics))
-        if time.monotonic() - saved_at > config.checkpoint_seconds or done == config.steps:
-            parts = {
-                "model": model.state_dict(),
-                "average": average.tensors,
-                "optimizer": _optimizer_tensors(optimizer, model),
-            }
-            save_state(run, done, parts, {"config": config.model_dump(), "history": history})
-            for old in sorted(run.glob("step-*"))[: -config.keep_states]:
-                for file in old.iterdir():
-                    file.unlink()
-                old.rmdir()
-            saved_at = time.monotonic()
-    path = run / "weights.safetensors"
-    save_weights(path, average.tensors, {"preset": config.preset, "config": config.model_dump(), "validation": history})
-    return path
+    with _display(config.steps, start, quiet=rank != 0) as show:
+        show.note(
+            f"{type(net).__name__}: {task.teacher}; steps {start} to {config.steps} on {device}, {world} process(es)"
+        )
+        for step in range(start, config.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, step)
+            batch = task.batch(step, rank).to(device)
+            try:
+                with torch.autocast(device.type, torch.bfloat16, enabled=_bf16(device)):
+                    output = model(batch.frames, batch.focus_dpt, batch.kappa)
+                terms = task.terms(output, batch)
+                loss = torch.stack(list(terms)).sum()
+                _check_finite(terms, step, run)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+            except RuntimeError as error:
+                raise _explained(error, config) from error
+            norm = nn.utils.clip_grad_norm_(net.parameters(), config.gradient_clip)
+            if not torch.isfinite(norm):
+                raise DataError(f"step {step}: the gradient is {float(norm)}; the last good state is in {run}")
+            optimizer.step()
+            average.update(net, step)
+            done = step + 1
+            named = {name: float(term.detach()) for name, term in terms._asdict().items()}
+            show.step(done, named, config.batch * world, log=done % config.log_every == 0)
+            if board is not None and done % config.log_every == 0:
+                for name, value in (named | {"gradient_norm": float(norm)}).items():
+                    board.add_scalar(f"train/{name}", value, done)
+            last = done == config.steps
+            if rank == 0 and (done % config.validate_every == 0 or last):
+                metrics = _validate_average(net, average, task, board, done)
+                show.note(f"step {done}, held out: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+                history.append({"step": done, "score": next(iter(metrics.values())), **metrics})
+                scores.append(history[-1]["score"])
+                if config.keep == "best" and scores[-1] <= min(scores):
+                    best = {name: tensor.clone() for name, tensor in average.tensors.items()}
+                if config.patience and len(scores) - 1 - scores.index(min(scores)) >= config.patience:
+                    show.note(f"stopped at step {done}: no better for {config.patience} checks")
+                    last = True
+            due = time.monotonic() - saved_at > config.checkpoint_seconds or done % config.checkpoint_every == 0
+            if rank == 0 and (due or last):
+                parts = {
+                    "model": net.state_dict(),
+                    "average": average.tensors,
+                    "optimizer": _optimizer_tensors(optimizer, net),
+                    "random": {"torch": torch.get_rng_state()},
+                    "best": best,
+                }
+                about = {"config": config.model_dump(), "history": history, **(before or {})}
+                save_state(run, done, parts, about)
+                for old in sorted(run.glob("step-*"))[: -config.keep_states]:
+                    shutil.rmtree(old)
+                saved_at = time.monotonic()
+            if last:
+                break
+    if board is not None:
+        board.close()
+    if world > 1:
+        torch.distributed.destroy_process_group()
+    return best or average.tensors
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+def pretrain(config: TrainConfig, run: Path, pool: Path, *, device: torch.device, resume: bool = False) -> Path:
+    """Train a new network on simulated stacks with their truth; returns the weights file in `run`."""
+    torch.manual_seed(config.seed)
+    task = SimulatedTask(config, pool)
+    net = build(config.preset)
+    tensors = fit(net, task, config, run, device=device, resume=resume)
+    net.load_state_dict(tensors)
+    about = {
+        "preset": config.preset,
+        "teacher": task.teacher,
+        "config": config.model_dump(),
+        "validation": task.validate(net),
+    }
+    save_weights(run / "weights.safetensors", tensors, about)
+    return run / "weights.safetensors"
+
+
+def _join_processes(device: torch.device) -> tuple[int, int]:
+    """(rank, number of processes); under torchrun joins the others (gloo on CPU, nccl on CUDA)."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return 0, 1
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def _resume(
+    net: nn.Module, optimizer: torch.optim.Optimizer, average: _Average, config: TrainConfig, run: Path, resume: bool
+) -> tuple[int, list[dict[str, Any]], dict[str, Tensor]]:
+    """Put the newest state of `run` into place; (next step, validation history so far, best weights so far)."""
+    state = latest_state(run)
+    if state is None:
+        return 0, [], {}
+    if not resume:
+        raise UsageError(
+            f"{run} already holds a training run at {state.name}; use --resume to continue it, or another -o"
+        )
+    parts, about = load_state(state)
+    stored, now = about.get("config", {}), config.model_dump()
+    for name in sorted(now.keys() | stored.keys()):
+        if name not in NOT_PART_OF_THE_RESULT | EXTENDABLE and stored.get(name) != now.get(name):
+            raise DataError(
+                f"{state}: was trained with {name} = {stored.get(name)!r}, now {now.get(name)!r}; "
+                "continue with the old value or use another -o"
+            )
+    try:
+        net.load_state_dict(parts["model"])
+    except (RuntimeError, KeyError) as error:
+        raise DataError(f"{state}: does not fit this version's network; use another -o") from error
+    device = next(net.parameters()).device
+    average.tensors = {name: tensor.to(device) for name, tensor in parts["average"].items()}
+    for name, parameter in net.named_parameters():
+        own = {k.rpartition(".")[2]: v for k, v in parts["optimizer"].items() if k.rpartition(".")[0] == name}
+        optimizer.state[parameter] = {k: v if k == "step" else v.to(device) for k, v in own.items()}
+    if "random" in parts:
+        torch.set_rng_state(parts["random"]["torch"])
+    return int(about["step"]), list(about["history"]), parts.get("best", {})
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer, net: nn.Module) -> dict[str, Tensor]:
     """AdamW's state by parameter name: `NAME.exp_avg`, `NAME.exp_avg_sq`, `NAME.step`."""
     return {
         f"{name}.{key}": value
-        for name, parameter in model.named_parameters()
+        for name, parameter in net.named_parameters()
         for key, value in optimizer.state[parameter].items()
     }
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    for name, parameter in model.named_parameters():
-        prefix = f"{name}."
-        optimizer.state[parameter] = {
-            key.removeprefix(prefix): value for key, value in tensors.items() if key.rpartition(".")[0] == name
-        }
+def _bf16(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()  # on CPUs without bf16 units it is 12-27x slower
+
+
+def _check_finite(terms: Any, step: int, run: Path) -> None:
+    wrong = [f"{name} = {float(term)}" for name, term in terms._asdict().items() if not torch.isfinite(term)]
+    if wrong:
+        raise DataError(f"step {step}: the loss is not finite ({', '.join(wrong)}); the last good state is in {run}")
+
+
+def _explained(error: RuntimeError, config: TrainConfig) -> Exception:
+    if isinstance(error, torch.cuda.OutOfMemoryError) or "not enough memory" in str(error):
+        return UsageError(
+            f"out of memory with batch {config.batch} of {config.crop_px} px crops; "
+            "lower `batch` (or `crop_px`) in the config"
+        )
+    return error
+
+
+def _validate_average(
+    net: DefaultNet | PaperNet, average: _Average, task: Task, board: Any, done: int
+) -> dict[str, float]:
+    shown = build("paper" if isinstance(net, PaperNet) else "default").to(next(net.parameters()).device)
+    shown.load_state_dict(average.tensors)
+    metrics = task.validate(shown)
+    if board is not None:
+        for name, value in metrics.items():
+            board.add_scalar(f"held_out/{name}", value, done)
+        for name, images in task.pictures(shown).items():
+            board.add_images(name, images, done)
+    return metrics
+
+
+def _tensorboard(run: Path) -> Any:
+    """A TensorBoard writer into `run`, or None where TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        print("TensorBoard is not installed (pip install 'daif[train]'): no curves are written", file=sys.stderr)
+        return None
+    return SummaryWriter(str(run / "tensorboard"))
+
+
+class _Display:
+    """Loss terms, stacks per second and time left on stderr: a live bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, total: int, start: int, bar: Any, quiet: bool) -> None:
+        self.total, self.quiet, self.bar = total, quiet, bar
+        self.task = bar.add_task("training", total=total, completed=start, text="") if bar is not None else None
+        self.began, self.start, self.stacks = time.monotonic(), start, 0
+
+    def step(self, done: int, terms: dict[str, float], stacks: int, *, log: bool) -> None:
+        self.stacks += stacks
+        if self.quiet or not (log or self.bar is not None):
+            return
+        passed = time.monotonic() - self.began
+        left_s = passed / (done - self.start) * (self.total - done)
+        named = " ".join(f"{name} {value:.3f}" for name, value in terms.items())
+        text = f"{named}  {self.stacks / passed:.2f} stacks/s"
+        if self.bar is not None:
+            self.bar.update(self.task, completed=done, text=text)
+        else:
+            self.note(f"step {done}/{self.total}  {text}  {left_s / 60:.1f} min left")
+
+    def note(self, text: str) -> None:
+        if self.quiet:
+            return
+        if self.bar is not None:
+            self.bar.console.print(text)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _display(total: int, start: int, *, quiet: bool) -> Iterator[_Display]:
+    if quiet or not sys.stderr.isatty():
+        yield _Display(total, start, None, quiet)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        yield _Display(total, start, bar, quiet)
+
+
+# ----------------------------------------------------------------------------------------------------- before a run
+
+
+def step_memory_bytes(config: TrainConfig, frames: int = 5) -> int:
+    """What one training step holds at its peak: weights, gradients, AdamW, average, and tensors kept for backward.
+
+    The last are counted on one crop and scaled to the batch.
+    """
+    net = build(config.preset)
+    kept: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    image = torch.rand(1, frames, 3, config.crop_px, config.crop_px)
+    focus, kappa = torch.linspace(0.5, 1.5, frames)[None], torch.full((1, frames), 10.0)
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        output = net(image, focus, kappa)
+    del output
+    weights = sum(p.numel() * p.element_size() for p in net.parameters())
+    return 5 * weights + config.batch * sum(kept.values())

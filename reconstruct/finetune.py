@@ -1,0 +1,364 @@
+"""Learning from captured stacks, with nothing but the stacks themselves as teacher.
+
+On site, a handful of stacks: *refine, then distil*. Each stack's depth is first improved through the renderer
+(`reconstruct/refine.py`), then the network learns the refined maps in a few small steps. Direct photometric
+fine-tuning gains next to nothing (notes/forward-model.md section 3).
+
+One frame of every stack is withheld from refinement and training alike. How well it is predicted, by blurring the
+all-in-focus image of the other frames through the predicted depth, decides when to stop and whether the adapted
+network is better than its start. If it is not, it is not kept.
+
+The paper's end-to-end training (`PhotometricTask`) is here too: render the network's image through the network's
+depth, compare with the frames.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from capture.errors import DataError
+from capture.lens import coc_diameter_px
+from reconstruct.checkpoint import save_weights
+from reconstruct.dataset import CapturedStack, StackBatch
+from reconstruct.estimate import Estimate
+from reconstruct.fusion import fuse
+from reconstruct.losses import PUBLISHED, charbonnier, match_exposure, published_terms
+from reconstruct.network import DefaultNet, NetworkOutput, PaperNet, build
+from reconstruct.plane_sweep import plane_sweep
+from reconstruct.predict import TrainedNetwork, predict, wrap
+from reconstruct.refine import refine
+from reconstruct.render import render_stack
+from reconstruct.train import TrainConfig, fit
+
+DISTILLED = "the stacks themselves: depth refined through the renderer, then distilled; no ground truth"
+PHOTOMETRIC = "the stacks themselves: frames rendered from the network's own depth and image; no ground truth"
+
+FINETUNE = TrainConfig(
+    steps=150,
+    batch=4,
+    learning_rate=2e-4,
+    warmup_steps=10,
+    ema_decay=0.9,
+    weight_decay=0.0,
+    validate_every=25,
+    log_every=25,
+    keep="best",
+    patience=3,
+)
+FROM_NOTHING = FINETUNE.model_copy(
+    update={"steps": 1000, "batch": 6, "learning_rate": 2e-3, "warmup_steps": 50, "validate_every": 100, "patience": 0}
+)
+PAPER = TrainConfig(  # as published, notes/method.md section 4
+    preset="paper",
+    steps=25000,
+    batch=32,
+    crop_px=256,
+    learning_rate=5e-4,
+    weight_decay=5e-4,
+    warmup_steps=0,
+    ema_decay=0.0,
+    gradient_clip=1e9,
+)
+
+
+class DistilTerms(NamedTuple):
+    """Weighted loss terms against a refined map; their sum is minimised."""
+
+    depth: Tensor
+    gradient: Tensor
+    spread: Tensor
+    aif: Tensor
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A captured stack without its withheld frame, what the network should say about it, and the frame itself."""
+
+    stack: CapturedStack
+    wanted: Estimate
+    full: CapturedStack
+    withheld: int
+
+    @classmethod
+    def prepare(
+        cls, full: CapturedStack, start: TrainedNetwork | None, refine_steps: int, device: torch.device
+    ) -> Lesson:
+        """Withhold a frame, estimate depth from the others (by `start`, else by plane sweep) and refine it."""
+        withheld = withheld_frame(full)
+        stack = full if withheld < 0 else full.without(withheld)
+        frames, focus, kappa, valid = (x.to(device) for x in (stack.frames, stack.focus_dpt, stack.kappa, stack.valid))
+        first = plane_sweep(frames, focus, kappa, valid=valid) if start is None else _predict(start, stack, device)
+        wanted = refine(frames, focus, kappa, first, steps=refine_steps, valid=valid) if refine_steps else first
+        maps = {name: value.cpu() for name, value in wanted._asdict().items() if isinstance(value, Tensor)}
+        return cls(stack, wanted._replace(**maps), full, withheld)
+
+
+def withheld_frame(stack: CapturedStack) -> int:
+    """Index of the frame whose focus is in the middle of the sweep; -1 where there are too few frames to spare one."""
+    if len(stack.frames) < 3:
+        return -1
+    return int(stack.focus_dpt.argsort()[len(stack.frames) // 2])
+
+
+def _predict(network: TrainedNetwork, stack: CapturedStack, device: torch.device) -> Estimate:
+    frames, focus, kappa, valid = (x.to(device) for x in (stack.frames, stack.focus_dpt, stack.kappa, stack.valid))
+    return predict(network, frames, focus, kappa, valid, metric=stack.metric)
+
+
+@torch.inference_mode()
+def withheld_error(lesson: Lesson, estimate: Estimate) -> float:
+    """How badly `estimate`, made without the withheld frame, predicts it: Charbonnier difference x 1000.
+
+    The all-in-focus image is fused from the other frames at the estimate's depth and blurred by the scatter renderer.
+    """
+    stack, full, index = lesson.stack, lesson.full, lesson.withheld
+    device = estimate.aif.device
+    frames, focus, kappa, valid = (x.to(device) for x in (stack.frames, stack.focus_dpt, stack.kappa, stack.valid))
+    std = torch.nan_to_num(estimate.std_dpt)
+    aif = fuse(frames, focus, kappa, estimate.inverse_depth_dpt, std, valid=valid)
+    target = full.frames[index].to(device)[None, None]
+    rendered = render_stack(
+        aif[None],
+        estimate.inverse_depth_dpt[None, None],
+        full.focus_dpt[None, index : index + 1].to(device),
+        full.kappa[None, index : index + 1].to(device),
+    )
+    seen = full.valid[index].to(device)
+    rendered = match_exposure(rendered, target)
+    return 1000 * float(charbonnier(rendered[..., seen], target[..., seen]))
+
+
+class DistilTask:
+    """Crops of the stacks with their refined maps; judged by the withheld frames."""
+
+    teacher = DISTILLED
+
+    def __init__(self, lessons: Sequence[Lesson], config: TrainConfig, device: torch.device) -> None:
+        self.lessons, self.config, self.device = list(lessons), config, device
+        smallest = min(min(lesson.stack.frames.shape[-2:]) for lesson in self.lessons)
+        self.crop = min(config.crop_px, smallest // 16 * 16)
+        if self.crop < 32:
+            raise DataError(f"the smallest stack is {smallest} px on its short side; training needs at least 32")
+
+    def batch(self, step: int, rank: int) -> StackBatch:
+        """Random crops of one stack, so that all have the same number of frames; mirrored and turned."""
+        rng = np.random.default_rng([self.config.seed, 4, step, rank])
+        lesson = self.lessons[int(rng.integers(len(self.lessons)))]
+        stack, wanted = lesson.stack, lesson.wanted
+        height, width = stack.frames.shape[-2:]
+        frames: list[Tensor] = []
+        depth: list[Tensor] = []
+        aif: list[Tensor] = []
+        for _ in range(self.config.batch):
+            top, left = int(rng.integers(height - self.crop + 1)), int(rng.integers(width - self.crop + 1))
+            window = (..., slice(top, top + self.crop), slice(left, left + self.crop))
+            turn, mirror = int(rng.integers(4)), rng.random() < 0.5
+            for kept, x in ((frames, stack.frames), (depth, wanted.inverse_depth_dpt[None]), (aif, wanted.aif)):
+                part = torch.rot90(x[window], turn, (-2, -1))
+                kept.append(part.flip(-1) if mirror else part)
+        count = self.config.batch
+        return StackBatch(
+            torch.stack(frames),
+            stack.focus_dpt.expand(count, -1),
+            stack.kappa.expand(count, -1),
+            torch.stack(depth),
+            torch.stack(aif),
+        )
+
+    def terms(self, output: NetworkOutput, batch: StackBatch) -> DistilTerms:
+        """Smooth L1 and differences of depth in px of CoC, spread against the refined map, image in a gamma of 2."""
+        assert batch.inverse_depth_dpt is not None
+        assert batch.aif is not None
+        kappa = batch.kappa.mean(1)[:, None, None, None]
+        error_px = (output.inverse_depth_dpt - batch.inverse_depth_dpt) * kappa
+        scale_px = (output.std_dpt * kappa).clamp_min(1e-3) / 2**0.5
+        return DistilTerms(
+            depth=F.smooth_l1_loss(error_px, torch.zeros_like(error_px), beta=0.5),
+            gradient=0.25 * (error_px.diff(dim=-1).abs().mean() + error_px.diff(dim=-2).abs().mean()),
+            spread=0.05 * (torch.log(scale_px) + error_px.detach().abs() / scale_px).mean(),
+            aif=2.0 * (output.aif.clamp_min(1e-4).sqrt() - batch.aif.clamp_min(1e-4).sqrt()).abs().mean(),
+        )
+
+    def validate(self, net: nn.Module) -> dict[str, float]:
+        """Mean error of the withheld frames."""
+        return {"withheld": float(np.mean(list(self.errors(net).values())))}
+
+    def errors(self, net: nn.Module) -> dict[str, float]:
+        """Error of each stack's withheld frame."""
+        assert isinstance(net, DefaultNet | PaperNet)
+        network = wrap(net.eval(), {}, "in training")
+        judged = [lesson for lesson in self.lessons if lesson.withheld >= 0]
+        return {x.full.name: withheld_error(x, _predict(network, x.stack, self.device)) for x in judged}
+
+    def pictures(self, net: nn.Module) -> dict[str, Tensor]:
+        """Wanted and found depth of the first stack side by side."""
+        assert isinstance(net, DefaultNet | PaperNet)
+        lesson = self.lessons[0]
+        found = _predict(wrap(net, {}, "in training"), lesson.stack, self.device).inverse_depth_dpt.cpu()
+        both = torch.cat([lesson.wanted.inverse_depth_dpt, found], 1)[None, None]
+        return {"wanted_and_found": ((both - both.min()) / (both.max() - both.min())).clamp(0, 1)}
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """What fine-tuning did.
+
+    Attributes:
+        before, after: error of each stack's withheld frame, x 1000.
+        weights: the file written, None when the network did not get better and was not kept.
+    """
+
+    before: dict[str, float]
+    after: dict[str, float]
+    weights: Path | None
+
+    def table(self) -> str:
+        """Before and after, stack by stack, as text."""
+        wide = max([len("mean"), *map(len, self.before)])
+        rows = [f"{'withheld frame, error x 1000':{wide}}  before   after  change"]
+        for name in self.before:
+            old, new = self.before[name], self.after[name]
+            rows.append(f"{name:{wide}}  {old:6.3f}  {new:6.3f}  {100 * (new / old - 1):+5.1f} %")
+        old, new = float(np.mean(list(self.before.values()))), float(np.mean(list(self.after.values())))
+        rows.append(f"{'mean':{wide}}  {old:6.3f}  {new:6.3f}  {100 * (new / old - 1):+5.1f} %")
+        return "\n".join(rows)
+
+
+def adapt(
+    stacks: Sequence[CapturedStack],
+    start: TrainedNetwork | None,
+    run: Path,
+    config: TrainConfig = FINETUNE,
+    *,
+    device: torch.device,
+    refine_steps: int = 25,
+    resume: bool = False,
+) -> Adaptation:
+    """Refine the stacks, distil them into a copy of `start` (a new network if None), keep it if it is better.
+
+    Weights are written to `run/weights.safetensors` if the withheld frames are predicted better than before. A new
+    network has no before: it is compared with the plane sweep, and kept in any case.
+
+    Raises DataError when no stack has three frames: then nothing can be withheld to judge by.
+    """
+    print(f"refining {len(stacks)} stack(s)", file=sys.stderr, flush=True)
+    lessons = [Lesson.prepare(stack, start, refine_steps, device) for stack in stacks]
+    if all(lesson.withheld < 0 for lesson in lessons):
+        raise DataError("every stack has two frames only: none can be withheld to judge by; capture at least three")
+    torch.manual_seed(config.seed)
+    net = build(config.preset if start is None else start.preset)
+    task = DistilTask(lessons, config, device)
+    if start is None:
+        sweeps = {x.full.name: _sweep_error(x, device) for x in lessons if x.withheld >= 0}
+        before = sweeps
+    else:
+        net.load_state_dict(start.net.state_dict())
+        before = task.errors(net.to(device))
+    net.load_state_dict(fit(net, task, config, run, device=device, resume=resume))
+    after = task.errors(net.to(device))
+    better = float(np.mean(list(after.values()))) < float(np.mean(list(before.values())))
+    if start is not None and not better:
+        return Adaptation(before, after, None)
+    about: dict[str, Any] = {
+        "preset": "paper" if isinstance(net, PaperNet) else "default",
+        "teacher": DISTILLED,
+        "started_from": "nothing" if start is None else start.identity,
+        "config": config.model_dump(),
+        "stacks": [stack.name for stack in stacks],
+        "withheld_before": before,
+        "withheld_after": after,
+    }
+    if start is not None:
+        about["calibration"] = start.about.get("calibration", {})
+    save_weights(run / "weights.safetensors", net.state_dict(), about)
+    return Adaptation(before, after, run / "weights.safetensors")
+
+
+def _sweep_error(lesson: Lesson, device: torch.device) -> float:
+    stack = lesson.stack
+    parts = (x.to(device) for x in (stack.frames, stack.focus_dpt, stack.kappa))
+    return withheld_error(lesson, plane_sweep(*parts, valid=stack.valid.to(device)))
+
+
+# ------------------------------------------------------------------------------------------------- the paper's way
+
+
+class PublishedTerms(NamedTuple):
+    """The published loss terms times the published weights; the last has no gradient (notes/method.md section 7.4)."""
+
+    reconstruction: Tensor
+    coarse_aif: Tensor
+    smoothness: Tensor
+    sharpness: Tensor
+    coarse_sharpness: Tensor
+
+
+class PhotometricTask:
+    """End-to-end self-supervision as published: operator, losses, weights; for `PaperNet`."""
+
+    teacher = PHOTOMETRIC
+
+    def __init__(self, stacks: Sequence[CapturedStack], config: TrainConfig) -> None:
+        self.stacks, self.config = list(stacks), config
+        self.crop = min(config.crop_px, *(min(stack.frames.shape[-2:]) // 16 * 16 for stack in self.stacks))
+
+    def batch(self, step: int, rank: int) -> StackBatch:
+        """Random crops of one stack, unchanged: the published training has no augmentation."""
+        rng = np.random.default_rng([self.config.seed, 5, step, rank])
+        stack = self.stacks[int(rng.integers(len(self.stacks)))]
+        height, width = stack.frames.shape[-2:]
+        crops = []
+        for _ in range(self.config.batch):
+            top, left = int(rng.integers(height - self.crop + 1)), int(rng.integers(width - self.crop + 1))
+            crops.append(stack.frames[..., top : top + self.crop, left : left + self.crop])
+        count = self.config.batch
+        return StackBatch(torch.stack(crops), stack.focus_dpt.expand(count, -1), stack.kappa.expand(count, -1))
+
+    def terms(self, output: NetworkOutput, batch: StackBatch) -> PublishedTerms:
+        """The published five, through the published operator (7 x 7 window, gate at one pixel)."""
+        inverse_depth = output.inverse_depth_dpt
+        rendered = render_stack(output.aif, inverse_depth, batch.focus_dpt, batch.kappa, model="published")
+        coc_px = coc_diameter_px(batch.kappa[..., None, None], batch.focus_dpt[..., None, None], inverse_depth)
+        terms = published_terms(rendered, batch.frames, output.aif, 1.0 / inverse_depth, coc_px)
+        return PublishedTerms(*(getattr(PUBLISHED, name) * term for name, term in terms._asdict().items()))
+
+    def validate(self, net: nn.Module) -> dict[str, float]:
+        """The loss on fixed crops, and the share of pixels whose raw depth is dead (zero)."""
+        assert isinstance(net, PaperNet)
+        device = next(net.parameters()).device
+        batch = self.batch(10**9, 0).to(device)
+        with torch.inference_mode():
+            loss = torch.stack(list(self.terms(net(batch.frames, batch.focus_dpt, batch.kappa), batch))).sum()
+            raw = net.raw(batch.frames, 1.0 / batch.focus_dpt.clamp_min(1e-2))
+        return {"loss": float(loss), "dead_depth": float((raw[:, 3] == 0).float().mean())}
+
+    def pictures(self, net: nn.Module) -> dict[str, Tensor]:
+        """The all-in-focus image of a fixed crop."""
+        batch = self.batch(10**9, 0).to(next(net.parameters()).device)
+        with torch.inference_mode():
+            return {"aif": net(batch.frames, batch.focus_dpt, batch.kappa).aif.sqrt()}
+
+
+def train_paper(
+    stacks: Sequence[CapturedStack], run: Path, config: TrainConfig, *, device: torch.device, resume: bool = False
+) -> Path:
+    """Train `PaperNet` end to end on the stacks, as published; returns the weights file in `run`."""
+    if not all(stack.metric for stack in stacks):
+        raise DataError(
+            "the paper preset needs focus distances in every stack; calibrate first or use the default preset"
+        )
+    torch.manual_seed(config.seed)
+    task, net = PhotometricTask(stacks, config), PaperNet()
+    net.load_state_dict(fit(net, task, config, run, device=device, resume=resume))
+    about = {"preset": "paper", "teacher": PHOTOMETRIC, "config": config.model_dump(), "validation": task.validate(net)}
+    save_weights(run / "weights.safetensors", net.state_dict(), about)
+    return run / "weights.safetensors"

@@ -1,0 +1,137 @@
+"""The `daif train` command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from capture.errors import UsageError
+
+if TYPE_CHECKING:
+    from reconstruct.train import TrainConfig
+
+RECIPES = Path(__file__).parent.parent / "configs" / "train"
+
+
+def register(app: typer.Typer) -> None:
+    """Add `train` to `app`."""
+    app.command("train")(train_command)
+
+
+def train_command(
+    out: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run: states, curves, weights.")],
+    stacks: Annotated[list[Path] | None, typer.Argument(help="Captured stacks (.h5) or folders of them.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Train on simulated stacks instead: default.")] = None,
+    preset: Annotated[str, typer.Option(help="default, or paper for the published network and training.")] = "default",
+    init: Annotated[str, typer.Option(help="Start from: default, none, or a weights file.")] = "default",
+    config: Annotated[Path | None, typer.Option(help="YAML that overrides the training configuration.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Number of training steps.")] = None,
+    refine: Annotated[int, typer.Option(min=0, help="Refinement steps of each stack before distilling.")] = 25,
+    lens: Annotated[Path | None, typer.Option(help="Lens profile (lens.yaml) from `daif calibrate`.")] = None,
+    pool: Annotated[Path | None, typer.Option(help="Where simulated scenes are kept; RUN/pool by default.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in -o.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and the memory it needs, then stop.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+) -> None:
+    """Train the network: on your own stacks without any ground truth, or on simulated ones.
+
+    STACKS with --init default adapts the shipped network to today's scene in minutes and keeps it only if it predicts
+    withheld frames better. --init none learns from the stacks alone. --preset paper trains as published.
+    """
+    if preset not in ("default", "paper"):
+        raise UsageError(f"--preset is {preset!r}; it must be default or paper")
+    if recipe is None and not stacks:
+        raise UsageError("name the stacks to train on, or --recipe default to train on simulated ones")
+    if recipe is not None and stacks:
+        raise UsageError("--recipe trains on simulated stacks; leave the captured ones out")
+    from reconstruct.device import pick_device
+
+    settings = _settings(config, recipe, preset, init, steps)
+    target = pick_device(device)
+    if dry_run:
+        _print_plan(settings, stacks, recipe, str(target))
+        return
+    if recipe is not None:
+        from reconstruct.train import pretrain
+
+        print(pretrain(settings, out, pool or out / "pool", device=target, resume=resume))
+        return
+    _train_on_stacks(stacks or [], out, settings, init, refine, lens, resume, device)
+
+
+def _settings(config: Path | None, recipe: str | None, preset: str, init: str, steps: int | None) -> TrainConfig:
+    from capture.config import load_yaml
+    from reconstruct.finetune import FINETUNE, FROM_NOTHING, PAPER
+    from reconstruct.train import TrainConfig
+
+    if config is not None:
+        settings = load_yaml(config, TrainConfig)
+    elif recipe is not None:
+        path = RECIPES / f"{recipe}.yaml"
+        if not path.is_file():
+            known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
+            raise UsageError(f"--recipe {recipe}: there is no {path}; known recipes: {known or 'none'}")
+        settings = load_yaml(path, TrainConfig)
+    elif preset == "paper":
+        settings = PAPER
+    else:
+        settings = FROM_NOTHING if init == "none" else FINETUNE
+    return settings if steps is None else settings.model_copy(update={"steps": steps})
+
+
+def _print_plan(settings: TrainConfig, stacks: list[Path] | None, recipe: str | None, device: str) -> None:
+    from reconstruct.network import build
+    from reconstruct.train import step_memory_bytes
+
+    net = build(settings.preset)
+    data = f"recipe {recipe}: {settings.scenes} simulated scenes" if recipe else f"{len(_files(stacks or []))} stack(s)"
+    print(f"network    {settings.preset}, {sum(p.numel() for p in net.parameters()):,} parameters")
+    print(f"data       {data}")
+    print(f"steps      {settings.steps} of {settings.batch} crops of {settings.crop_px} px")
+    print(f"memory     about {step_memory_bytes(settings) / 2**30:.2f} GiB a step with 5 frames")
+    print(f"device     {device}")
+
+
+def _files(stacks: list[Path]) -> list[Path]:
+    found: list[Path] = []
+    for path in stacks:
+        inside = sorted(path.glob("*.h5")) if path.is_dir() else [path]
+        if not inside:
+            raise UsageError(f"{path}: no stack (*.h5) in this folder; `daif import` makes one of photographs")
+        found += inside
+    return found
+
+
+def _train_on_stacks(
+    paths: list[Path],
+    out: Path,
+    settings: TrainConfig,
+    init: str,
+    refine: int,
+    lens: Path | None,
+    resume: bool,
+    device: str,
+) -> None:
+    from capture.lens import LensProfile
+    from reconstruct.dataset import load_captured
+    from reconstruct.device import pick_device
+    from reconstruct.finetune import adapt, train_paper
+    from reconstruct.predict import load_network
+
+    target = pick_device(device)
+    profile = None if lens is None else LensProfile.read(lens)
+    captured = [load_captured(path, profile) for path in _files(paths)]
+    for stack in captured:
+        if not stack.metric:
+            print(f"{stack.name}: focus distances unknown; trained on in relative mode (ordered depth, no metres)")
+    if settings.preset == "paper":
+        print(train_paper(captured, out, settings, device=target, resume=resume))
+        return
+    start = None if init == "none" else load_network(init, target, "default")
+    result = adapt(captured, start, out, settings, device=target, refine_steps=refine, resume=resume)
+    print(result.table())
+    print(result.weights or "not better than its start on the withheld frames: not kept, go on with the old weights")

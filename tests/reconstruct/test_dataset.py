@@ -1,0 +1,110 @@
+"""Training stacks: drawn from the seed alone, physically plausible; captured ones aligned and without truth."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+
+from capture.lens import Lens
+from capture.stack import write_stack
+from reconstruct.dataset import (
+    FAR_DPT,
+    NEAR_DPT,
+    SWEEP,
+    ScenePool,
+    SimulatedBatches,
+    choose_frames,
+    load_captured,
+    procedural_training_scene,
+    render_scene,
+    training_stack,
+)
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory):
+    return ScenePool(tmp_path_factory.mktemp("pool"), 5, 64)
+
+
+def test_scene_is_a_function_of_its_seed():
+    one, two, other = (procedural_training_scene(seed, 48) for seed in ((1, 2), (1, 2), (1, 3)))
+    assert np.array_equal(one.aif, two.aif)
+    assert np.array_equal(one.depth_m, two.depth_m)
+    assert not np.array_equal(one.aif, other.aif)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_scene_is_plausible(seed):
+    scene = procedural_training_scene((7, seed), 64)
+    inverse = 1 / scene.depth_m
+    assert np.isfinite(scene.aif).all()
+    assert scene.aif.min() > 0
+    assert scene.aif.max() <= 1
+    assert inverse.min() > FAR_DPT - 0.13
+    assert inverse.max() < NEAR_DPT + 0.13
+
+
+def test_rendered_scene_is_sharp_where_it_is_in_focus():
+    rendered = render_scene((11, 0), 64)
+    assert rendered.frames.shape == (SWEEP, 64, 64, 3)
+    assert np.isfinite(rendered.inverse_depth_dpt).all()
+    repeated = render_scene((11, 0), 64)
+    assert np.array_equal(rendered.frames, repeated.frames)
+
+
+def test_pool_returns_the_same_from_disk(pool):
+    fresh, stored = pool[0], pool[0]
+    for field in fields(fresh):
+        assert np.array_equal(getattr(fresh, field.name), getattr(stored, field.name))
+    assert not list(pool.folder.glob("*.partial"))
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 10])
+def test_chosen_frames_are_distinct(count):
+    for seed in range(40):
+        chosen = choose_frames(np.random.default_rng(seed), count)
+        assert len(set(chosen.tolist())) == count
+        assert chosen.min() >= 0
+        assert chosen.max() < SWEEP
+
+
+def test_training_stack_keeps_truth_and_frames_together(pool):
+    """The sharpest of the frames at a pixel is the one focused nearest to the pixel's true depth, mostly."""
+    scene = pool[1]
+    rng = np.random.default_rng(0)
+    frames, focus, kappa, inverse, aif = training_stack(scene, rng, 5, 48)
+    assert frames.shape == (5, 3, 48, 48)
+    assert inverse.shape == (1, 48, 48)
+    nearest = np.abs(kappa[:, None, None] * (focus[:, None, None] - inverse)).argmin(0)
+    sharp = np.take_along_axis(frames, nearest[None, None], 0)[0]
+    blurred = np.take_along_axis(frames, ((nearest + 2) % 5)[None, None], 0)[0]
+    assert np.abs(sharp - aif).mean() < np.abs(blurred - aif).mean()
+
+
+def test_batch_is_a_function_of_seed_step_and_rank(pool):
+    data = SimulatedBatches(pool, scenes=2, first=2, batch=2, crop=32)
+    one, two, next_step, other_rank = data.batch(3), data.batch(3), data.batch(4), data.batch(3, rank=1)
+    assert torch.equal(one.frames, two.frames)
+    assert one.frames.shape != next_step.frames.shape or not torch.equal(one.frames, next_step.frames)
+    assert one.frames.shape != other_rank.frames.shape or not torch.equal(one.frames, other_rank.frames)
+
+
+@pytest.fixture
+def stack_file(tmp_path, pool):
+    scene = pool[0]
+    frames = np.square(scene.frames[::4].astype(np.float32) / 65535)
+    lens = Lens(focal_length_m=0.05, f_number=2.0, pixel_pitch_m=1e-4)
+    path = tmp_path / "s.h5"
+    write_stack(path, frames, focus_distance_m=1 / scene.focus_dpt[::4], lens=lens, transfer="linear")
+    return path
+
+
+def test_captured_stack_without_a_frame(stack_file):
+    stack = load_captured(stack_file)
+    less = stack.without(1)
+    assert len(less.frames) == len(stack.frames) - 1 == len(less.kappa) == len(less.valid)
+    assert torch.equal(less.frames[1], stack.frames[2])
+    assert less.metric
