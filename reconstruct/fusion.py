@@ -17,10 +17,11 @@ import math
 import torch
 from torch import Tensor
 
-from reconstruct.smoothing import gaussian_mean
+from reconstruct.smoothing import box_mean, gaussian_mean
 
 BAND_SIGMAS_PX = (0.6, 1.2, 2.4, 4.8)  # a band is what one of these Gaussians leaves of the band before it
 BAND_FREQUENCIES = (0.3, 0.16, 0.08, 0.04)  # cycles a pixel at which a band's contrast is read
+COARSE_WINDOW_PX = 29  # what varies within it counts as signal of the coarsest band
 MODEL_ERROR = 0.2  # share of the signal that the blur model gets wrong, per pixel of CoC
 LEAST_CONTRAST = 0.2  # blur is undone by at most 1 / this
 DEPTH_CAUTION = 0.5  # standard errors of depth that are added to the blur
@@ -60,32 +61,34 @@ def fuse(
         smooth = torch.stack([gaussian_mean(frame, sigma) for frame in coarse])
         band, coarse = coarse - smooth, smooth
         band_noise = noise * _noise_share(finer_sigma, math.hypot(finer_sigma, sigma))
-        signal = _signal(band, sharpest, band_noise, 2 * sigma)
+        signal = _signal(band, sharpest, band_noise, 2 * math.ceil(3 * sigma) + 1)
         weight = usable / (band_noise + (MODEL_ERROR * coc).square() * signal)
-        contrast = disc_contrast(coc, frequency).clamp_min(LEAST_CONTRAST)
+        contrast = band_contrast(coc, frequency).clamp_min(LEAST_CONTRAST)
         share = weight * contrast
         total = (share * contrast).sum(0)
         noise_left = band_noise * share.square().sum(0) / total.square()
         aif += (share[:, None] * band).sum(0) / total * (signal / (signal + noise_left))
         finer_sigma = math.hypot(finer_sigma, sigma)
     coarse_noise = noise / (4 * math.pi * finer_sigma**2)
-    ripple = torch.stack([frame - gaussian_mean(frame, 2 * BAND_SIGMAS_PX[-1]) for frame in coarse])
-    signal = _signal(ripple, sharpest, coarse_noise, 2 * BAND_SIGMAS_PX[-1])
+    ripple = coarse - torch.stack([torch.stack([box_mean(p, COARSE_WINDOW_PX) for p in frame]) for frame in coarse])
+    signal = _signal(ripple, sharpest, coarse_noise, COARSE_WINDOW_PX)
     weight = usable / (coarse_noise + (MODEL_ERROR * coc).square() * signal)
     aif += (weight[:, None] * coarse).sum(0) / weight.sum(0)
     return aif.clamp_min(0.0)
 
 
-def disc_contrast(coc_px: Tensor, frequency: float) -> Tensor:
-    """Contrast that a disc of diameter `coc_px` leaves of a wave of `frequency` cycles a pixel: 2 J1(x) / x."""
-    x = (math.pi * frequency * coc_px).clamp_min(1e-3)
-    return 2 * torch.special.bessel_j1(x) / x
+def band_contrast(coc_px: Tensor, frequency: float) -> Tensor:
+    """Contrast that a disc of diameter `coc_px` leaves of a wave of `frequency` cycles a pixel, down to about 0.1.
+
+    The Gaussian of std 0.26 CoC, which is a disc's closest there and never changes sign.
+    """
+    return torch.exp(-2 * (math.pi * frequency * 0.26 * coc_px).square())
 
 
-def _signal(band: Tensor, sharpest: Tensor, noise: Tensor, sigma_px: float) -> Tensor:
+def _signal(band: Tensor, sharpest: Tensor, noise: Tensor, window_px: int) -> Tensor:
     """Local variance of a band (S, 3, H, W) in the sharpest frame less its noise, (H, W), positive."""
     picked = band.gather(0, sharpest.expand(1, 3, -1, -1))[0]
-    power = gaussian_mean(picked.square().mean(0, keepdim=True), sigma_px)[0]
+    power = box_mean(picked.square().mean(0), window_px)
     return torch.maximum(power - noise, 0.01 * noise)
 
 

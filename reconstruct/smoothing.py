@@ -29,16 +29,16 @@ def gaussian_mean(image: Tensor, sigma_px: float) -> Tensor:
     return _separable(image, kernel / kernel.sum())
 
 
-def mirrored(length: int, pad: int, device: torch.device) -> Tensor:
-    """Indices of a line of `length` pixels mirrored beyond its ends as often as `pad` needs, (length + 2 pad,)."""
-    position = torch.arange(-pad, length + pad, device=device) % (2 * length)
+def mirrored(length: int, before: int, total: int, device: torch.device) -> Tensor:
+    """Indices, (total,), of a line of `length` pixels from `before` pixels ahead of it, mirrored beyond its ends."""
+    position = (torch.arange(total, device=device) - before) % (2 * length)
     return torch.where(position < length, position, 2 * length - 1 - position)
 
 
 def _separable(image: Tensor, kernel: Tensor) -> Tensor:
     """`image` (C, H, W) convolved with `kernel` along both axes."""
     radius = len(kernel) // 2
-    rows = mirrored(image.shape[1], radius, image.device)
-    cols = mirrored(image.shape[2], radius, image.device)
+    rows = mirrored(image.shape[1], radius, image.shape[1] + 2 * radius, image.device)
+    cols = mirrored(image.shape[2], radius, image.shape[2] + 2 * radius, image.device)
     padded = image[:, rows][:, :, cols][:, None]
     return F.conv2d(F.conv2d(padded, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1))[:, 0]
