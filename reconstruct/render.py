@@ -41,6 +41,9 @@ LAYER_STEP_PX = 2.5  # CoC diameter between layers: 0.6 to 0.7 px of blur std (n
 MAX_LAYERS = 48
 TILE_PIXELS = 600_000  # larger images are rendered in tiles with a halo: bounded memory, warm caches
 TAIL_SIGMAS = 4.5  # a Gaussian's reach: 7e-6 of its mass lies beyond
+LEAST_WEIGHT = 1e-3  # of a layer and everything behind it, below which it has no colour
+SCALE_KNEE, SCALE_RATIO = 0.3, 1.5  # of the gather's blur levels (notes/performance.md 1.1, last row)
+GATHER_TILE_PIXELS = 150_000  # a tile holds about 20 levels
 RADIUS_BINS = 4096  # samples of the disc's transfer function between frequency 0 and the corner of the band
 
 
@@ -107,8 +110,13 @@ def render_stack(
         coc_px = coc_diameter_px(kappa[..., None, None], focus_dpt[..., None, None], inverse_depth_dpt)
         return published_blur(aif, coc_px.abs() / 2, window)
     shape = Psf(psf, gaussian_gain, floor_px)
+    if model == "gather":
+        coc_px = coc_diameter_px(kappa[..., None, None], focus_dpt[..., None, None], inverse_depth_dpt)
+        variance = (gaussian_gain * coc_px).square() + floor_px**2
+        return torch.stack([_Gather.apply(aif[b], variance[b]) for b in range(batch)])
     items = [
-        _layered(aif[b], inverse_depth_dpt[b, 0], focus_dpt[b], kappa[b], shape, layer_step_px) for b in range(batch)
+        _layered(aif[b], inverse_depth_dpt[b, 0], focus_dpt[b], kappa[b], shape, layer_step_px, model)
+        for b in range(batch)
     ]
     return torch.stack(items)
 
@@ -183,6 +191,10 @@ class Spectrum:
             return by_variance.mul_((2 * psf.gain**2) * coc_px[:, None, None])
         scaled = math.pi * self.radius
         return self._radial(scaled * _airy_slope(scaled * coc_px[:, None]), psf)
+
+    def gaussian(self, variance: float) -> Tensor:
+        """Transfer function (h, w + 2) of the Gaussian of one variance."""
+        return torch.exp(variance * self.bend_rows) * torch.exp(variance * self.bend_columns)
 
     def _gaussian(self, variance: Tensor) -> Tensor:
         variance = variance[:, None, None]
@@ -266,12 +278,13 @@ def _used_layers(position: Tensor, count: int) -> range:
 
 
 def _layered(
-    aif: Tensor, inverse_depth_dpt: Tensor, focus_dpt: Tensor, kappa: Tensor, psf: Psf, step_px: float
+    aif: Tensor, inverse_depth_dpt: Tensor, focus_dpt: Tensor, kappa: Tensor, psf: Psf, step_px: float, model: Model
 ) -> Tensor:
     """One item of the batch, (S, 3, H, W)."""
     layers = Layers.spanning(inverse_depth_dpt.detach(), kappa, step_px)
     coc_px = coc_diameter_px(kappa[:, None], focus_dpt[:, None], layers.inverse_depth_dpt(kappa))
-    return _Scatter.apply(aif, layers.position(inverse_depth_dpt), coc_px, psf)
+    function = _Occlusion if model == "occlusion" else _Scatter
+    return function.apply(aif, layers.position(inverse_depth_dpt), coc_px, psf)
 
 
 @dataclass(frozen=True)
@@ -303,11 +316,11 @@ class Tile:
         )
 
 
-def _tiles(height: int, width: int, reach: int) -> Iterator[Tile]:
-    """Tiles of at most TILE_PIXELS that cover the image."""
-    parts = math.ceil(math.sqrt(height * width / TILE_PIXELS))
-    down = min(parts, height)
-    across = math.ceil(height * width / TILE_PIXELS / down)
+def _tiles(height: int, width: int, reach: int, most_pixels: int | None = None) -> Iterator[Tile]:
+    """Tiles of about `most_pixels` that cover the image, each with a halo of `reach`."""
+    parts = height * width / (most_pixels or TILE_PIXELS)
+    down = max(1, math.ceil(math.sqrt(parts * height / width)))
+    across = max(1, math.ceil(parts / down))
     tall, wide = math.ceil(height / down), math.ceil(width / across)
     for top in range(0, height, tall):
         bottom = min(top + tall, height)
@@ -402,6 +415,273 @@ def _agreement(stack: Tensor, source: Tensor) -> Tensor:
     for channel in range(1, source.shape[0]):
         total.addcmul_(stack[:, channel], source[channel])
     return total
+
+
+class _Occlusion(torch.autograd.Function):
+    """Front-to-back compositing of normalised layers; every frame's layers are blurred again on the way back.
+
+    In frame k, layer l has colour C_l = B(I w_l) / E_l and opacity A_l = B(w_l) / E_l, with E_l the blur B of all
+    weight from l on backwards; out = sum_l T_l C_l / sum_l T_l A_l with T_l = prod_(j in front of l) (1 - A_j).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, aif: Tensor, position: Tensor, coc_px: Tensor, psf: Psf) -> Tensor:
+        n_frames = coc_px.shape[0]
+        out = aif.new_empty(n_frames, 3, *position.shape)
+        reach = psf.reach_px(float(coc_px.abs().max()))
+        for tile in _tiles(position.shape[0], position.shape[1], reach):
+            spectrum = _tile_spectrum(tile, reach, aif)
+            layers, spectra = _ordered_spectra(aif, position, tile, spectrum, coc_px.shape[1])
+            for k in range(n_frames):
+                transfer = spectrum.transfer(coc_px[k, layers], psf)
+                front = _Front(*position[tile.wide].shape, aif)
+                for sheet, passed in zip(spectra, transfer, strict=True):
+                    front.add(spectrum.inverse(sheet * passed, *position[tile.wide].shape))
+                out[(k, slice(None), *tile.proper)] = (front.light / front.weight)[(..., *tile.inner)]
+        ctx.save_for_backward(aif, position, coc_px)
+        ctx.psf = psf
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        aif, position, coc_px = ctx.saved_tensors
+        psf: Psf = ctx.psf
+        n_frames, n_layers = coc_px.shape
+        grad_aif, grad_position = torch.zeros_like(aif), torch.zeros_like(position)
+        grad_coc = torch.zeros_like(coc_px) if ctx.needs_input_grad[2] else None
+        reach = psf.reach_px(float(coc_px.abs().max()))
+        for tile in _tiles(position.shape[0], position.shape[1], reach):
+            spectrum = _tile_spectrum(tile, reach, aif)
+            size = position[tile.wide].shape
+            layers, spectra = _ordered_spectra(aif, position, tile, spectrum, n_layers)
+            returned = torch.zeros_like(spectra)
+            for k in range(n_frames):
+                transfer = spectrum.transfer(coc_px[k, layers], psf)
+                blurred = [
+                    spectrum.inverse(sheet * passed, *size) for sheet, passed in zip(spectra, transfer, strict=True)
+                ]
+                wanted = torch.zeros_like(grad_out[(k, slice(None), *tile.wide)])
+                wanted[(..., *tile.inner)] = grad_out[(k, slice(None), *tile.proper)]
+                for index, grad in enumerate(_front_backward(blurred, wanted)):
+                    grad_spectrum = spectrum.forward(grad)
+                    returned[index].addcmul_(grad_spectrum, transfer[index])
+                    if grad_coc is not None:
+                        slope = spectrum.transfer_slope(coc_px[k, layers[index : index + 1]], psf)[0]
+                        shared = (grad_spectrum * spectra[index]).sum(0)
+                        grad_coc[k, layers[index]] += (shared * slope * spectrum.parseval).sum()
+            # the tile's pixels see light from the halo too: sources there receive their share of the gradient
+            image, place = aif[(..., *tile.wide)], position[tile.wide]
+            behind = torch.zeros_like(place)
+            for index, layer in enumerate(layers):
+                spread = spectrum.inverse(returned[index], *size)
+                behind += spread[4]
+                hat, slope = _hat(place, layer), _hat_slope(place, layer)
+                grad_aif[(..., *tile.wide)] += hat * spread[:3]
+                # w_l is part of its own layer and of E of every layer in front of it, itself included
+                grad_position[tile.wide] += slope * ((image * spread[:3]).sum(0) + spread[3] + behind)
+        return grad_aif, grad_position, grad_coc, None
+
+
+def _ordered_spectra(
+    aif: Tensor, position: Tensor, tile: Tile, spectrum: Spectrum, count: int
+) -> tuple[list[int], Tensor]:
+    """Layers of the tile from near to far, and spectra (n, 5, h, w): colour, weight, weight from here on backwards."""
+    image, place = aif[(..., *tile.wide)], position[tile.wide]
+    layers = list(_used_layers(place, count))[::-1]
+    spectra = spectrum.zeros(len(layers), 5)
+    rest = torch.ones_like(place)
+    for index, layer in enumerate(layers):
+        hat = _hat(place, layer)
+        spectra[index] = spectrum.forward(torch.cat([image * hat, hat[None], rest[None]]))
+        rest -= hat
+    return layers, spectra
+
+
+class _Front:
+    """What has been composited so far, from the front."""
+
+    def __init__(self, height: int, width: int, like: Tensor) -> None:
+        self.light = like.new_zeros(3, height, width)
+        self.weight = like.new_zeros(height, width)
+        self.open = like.new_ones(height, width)
+
+    def add(self, blurred: Tensor) -> None:
+        """Put a blurred sheet (5, h, w) behind the rest."""
+        share = self.open / _behind(blurred)
+        self.light.addcmul_(blurred[:3], share)
+        seen = blurred[3] * share
+        self.weight += seen
+        self.open -= seen
+
+
+def _behind(blurred: Tensor) -> Tensor:
+    """E of a sheet, kept away from zero: where nothing of it nor behind it comes near, there is nothing to divide."""
+    return blurred[4].clamp_min(LEAST_WEIGHT)
+
+
+def _front_backward(blurred: list[Tensor], grad_out: Tensor) -> list[Tensor]:
+    """Gradients (5, h, w) by the blurred sheets of one frame, near to far, for `grad_out` (3, h, w)."""
+    front = _Front(*grad_out.shape[1:], grad_out)
+    opens = []
+    for sheet in blurred:
+        opens.append(front.open.clone())
+        front.add(sheet)
+    out = front.light / front.weight
+    grad_light = grad_out / front.weight
+    grad_weight = -(grad_light * out).sum(0)
+    grad_open = torch.zeros_like(front.open)  # by the openness behind the sheet at hand
+    grads: list[Tensor] = []
+    for sheet, opened in zip(reversed(blurred), reversed(opens), strict=True):
+        behind = _behind(sheet)
+        by_share = (grad_light * sheet[:3]).sum(0) + (grad_weight - grad_open) * sheet[3]
+        share = opened / behind
+        grad = torch.empty_like(sheet)
+        torch.mul(grad_light, share, out=grad[:3])
+        grad[3] = (grad_weight - grad_open) * share
+        grad[4] = torch.where(sheet[4] > LEAST_WEIGHT, -by_share * share / behind, torch.zeros_like(share))
+        grad_open = grad_open + by_share / behind
+        grads.append(grad)
+    return grads[::-1]
+
+
+# --- gather ---------------------------------------------------------------------------------------------------------
+
+
+class _Gather(torch.autograd.Function):
+    """Every pixel reads the image blurred by its own variance: image (3, H, W), variance (S, H, W) to (S, 3, H, W).
+
+    The image is blurred once at a few levels, which all frames share and which are even in log(SCALE_KNEE + variance);
+    each pixel interpolates between four of them (Catmull-Rom). Light comes from inside the image only.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, aif: Tensor, variance: Tensor) -> Tensor:
+        scales = Scales.covering(variance)
+        out = aif.new_empty(variance.shape[0], 3, *variance.shape[1:])
+        for tile in _tiles(variance.shape[1], variance.shape[2], scales.reach, GATHER_TILE_PIXELS):
+            spectrum = _tile_spectrum(tile, scales.reach, aif)
+            levels, _ = _levels(aif, tile, spectrum, scales)
+            index, weights, _ = scales.taps(variance[(..., *tile.proper)])
+            for channel in range(3):
+                flat = levels[:, channel].flatten(1)
+                mixed = (flat.gather(0, index.flatten(0, 1)).view_as(weights) * weights).sum(0)
+                out[(slice(None), channel, *tile.proper)] = mixed.view(variance.shape[0], *out[0, 0][tile.proper].shape)
+        ctx.save_for_backward(aif, variance)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor]:
+        aif, variance = ctx.saved_tensors
+        scales = Scales.covering(variance)
+        grad_aif, grad_variance = torch.zeros_like(aif), torch.empty_like(variance)
+        for tile in _tiles(variance.shape[1], variance.shape[2], scales.reach, GATHER_TILE_PIXELS):
+            spectrum = _tile_spectrum(tile, scales.reach, aif)
+            levels, norm = _levels(aif, tile, spectrum, scales)
+            here = variance[(..., *tile.proper)]
+            index, weights, slopes = scales.taps(here)
+            flat_index = index.flatten(0, 1)
+            grad_here = torch.zeros_like(slopes[0])
+            grad_levels = torch.zeros_like(levels)
+            for channel in range(3):
+                grad = grad_out[(slice(None), channel, *tile.proper)].flatten(1)
+                taps = levels[:, channel].flatten(1).gather(0, flat_index).view_as(weights)
+                grad_here += (taps * slopes).sum(0) * grad
+                target = grad_levels[:, channel].flatten(1)
+                grad_levels[:, channel] = target.scatter_add_(0, flat_index, (weights * grad).flatten(0, 1)).view_as(
+                    grad_levels[:, channel]
+                )
+            grad_variance[(..., *tile.proper)] = grad_here.view_as(here)
+            grad_levels = scales.pull_back(grad_levels)
+            size = aif[(0, *tile.wide)].shape
+            returned = spectrum.zeros(3)
+            placed = aif.new_zeros(3, *size)
+            for level, variance_of_level in enumerate(scales.variances):
+                placed[(..., *tile.inner)] = grad_levels[level] / norm[level]
+                returned.addcmul_(spectrum.gaussian(variance_of_level), spectrum.forward(placed))
+            grad_aif[(..., *tile.wide)] += spectrum.inverse(returned, *size)
+        return grad_aif, grad_variance
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Variances at which an image is blurred, even in log(SCALE_KNEE + variance), from `least` on."""
+
+    least: float
+    count: int
+
+    @classmethod
+    def covering(cls, variance: Tensor) -> Scales:
+        """Enough levels for every value of `variance`; the first lies at its smallest or below."""
+        least, most = float(variance.min()), float(variance.max())
+        least = min(least, 0.09) if least > 0.01 else 0.0
+        span = math.log((SCALE_KNEE + most) / (SCALE_KNEE + least)) / math.log(SCALE_RATIO)
+        return cls(least, math.floor(span) + 3)
+
+    @property
+    def variances(self) -> list[float]:
+        """Variance of every level, px^2."""
+        return [(SCALE_KNEE + self.least) * SCALE_RATIO**level - SCALE_KNEE for level in range(self.count)]
+
+    @property
+    def reach(self) -> int:
+        return math.ceil(TAIL_SIGMAS * math.sqrt(self.variances[-1]) + 2)
+
+    def taps(self, variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Which levels each pixel mixes, with what weights, and their derivatives by the variance: (4, S, h * w) each.
+
+        Level 0 of the mix is an extra one before the first (see `extended`).
+        """
+        flat = variance.flatten(1)
+        place = torch.log((SCALE_KNEE + flat) / (SCALE_KNEE + self.least)) / math.log(SCALE_RATIO)
+        cell = place.floor().clamp_(0, self.count - 3)
+        t = place - cell
+        rate = 1 / ((SCALE_KNEE + flat) * math.log(SCALE_RATIO))
+        weights = torch.stack(
+            [
+                ((2 - t) * t - 1) * t / 2,
+                ((3 * t - 5) * t * t + 2) / 2,
+                ((4 - 3 * t) * t + 1) * t / 2,
+                (t - 1) * t * t / 2,
+            ]
+        )
+        slopes = torch.stack(
+            [
+                ((4 - 3 * t) * t - 1) / 2,
+                (9 * t - 10) * t / 2,
+                ((8 - 9 * t) * t + 1) / 2,
+                (3 * t - 2) * t / 2,
+            ]
+        ).mul_(rate)
+        index = cell.long() + torch.arange(4, device=flat.device)[:, None, None]
+        return index, weights, slopes
+
+    @staticmethod
+    def extended(levels: Tensor) -> Tensor:
+        """`levels` with one more before the first, on the parabola through the first three."""
+        return torch.cat([(3 * levels[0] - 3 * levels[1] + levels[2])[None], levels])
+
+    @staticmethod
+    def pull_back(grad: Tensor) -> Tensor:
+        """Adjoint of `extended`."""
+        levels = grad[1:].clone()
+        for level, share in enumerate((3, -3, 1)):
+            levels[level] += share * grad[0]
+        return levels
+
+
+def _levels(aif: Tensor, tile: Tile, spectrum: Spectrum, scales: Scales) -> tuple[Tensor, Tensor]:
+    """The tile blurred at every level (with the extra one), (L + 1, 3, h, w), and the levels' weights (L, 1, h, w)."""
+    image = aif[(..., *tile.wide)]
+    source = spectrum.forward(torch.cat([image, torch.ones_like(image[:1])]))
+    blurred = []
+    for variance in scales.variances:
+        spread = spectrum.inverse(source * spectrum.gaussian(variance), *image.shape[1:])
+        blurred.append(spread[(..., *tile.inner)])
+    stacked = torch.stack(blurred)
+    norm = stacked[:, 3:]
+    return Scales.extended(stacked[:, :3] / norm), norm
 
 
 # --- the published operator -----------------------------------------------------------------------------------------

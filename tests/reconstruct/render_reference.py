@@ -124,3 +124,46 @@ def scatter(
             norm = norm + blur(weight[None], coc_px, psf)
         frames.append(light / norm)
     return torch.stack(frames)
+
+
+def occlusion(
+    aif: Tensor, inverse_depth_dpt: Tensor, focus_dpt: Tensor, kappa: Tensor, psf: Psf, layers: Layers
+) -> Tensor:
+    """(S, 3, H, W): near to far, colour and opacity over E_l, light through what is open, renormalised; as written."""
+    weights = hats(inverse_depth_dpt, layers).flip(0)
+    planes = layers.inverse_depth_dpt(focus_dpt).flip(0)
+    frames = []
+    for focus, gain in zip(focus_dpt, kappa, strict=True):
+        light, norm, opening = torch.zeros_like(aif), torch.zeros_like(aif[0]), torch.ones_like(aif[0])
+        for index, plane in enumerate(planes):
+            coc_px = gain * (focus - plane)
+            own, behind = weights[index], weights[index:].sum(0)
+            if float(own.detach().max()) == 0:
+                continue
+            e = blur(behind[None], coc_px, psf)[0].clamp_min(1e-3)
+            alpha = blur(own[None], coc_px, psf)[0] / e
+            light = light + opening * blur(aif * own, coc_px, psf) / e
+            norm = norm + opening * alpha
+            opening = opening * (1 - alpha)
+        frames.append(light / norm)
+    return torch.stack(frames)
+
+
+def gather(image: Tensor, variance: Tensor) -> Tensor:
+    """`image` (3, H, W) read by every pixel through the discrete Gaussian of its own `variance` (H, W).
+
+    Shifted adds over the whole image, normalised inside it; nothing is cut before 6 sigma. Not differentiable: compare
+    gradients by small differences.
+    """
+    reach = math.ceil(6 * math.sqrt(float(variance.max()))) + 3
+    table = [torch.from_numpy(special.ive(n, variance.numpy())) for n in range(reach + 1)]
+    height, width = variance.shape
+    total, norm = torch.zeros_like(image), torch.zeros_like(variance)
+    for dy in range(-min(reach, height - 1), min(reach, height - 1) + 1):
+        p_rows, q_rows = slice(max(0, -dy), height - max(0, dy)), slice(max(0, dy), height - max(0, -dy))
+        for dx in range(-min(reach, width - 1), min(reach, width - 1) + 1):
+            p_cols, q_cols = slice(max(0, -dx), width - max(0, dx)), slice(max(0, dx), width - max(0, -dx))
+            weight = (table[abs(dy)] * table[abs(dx)])[p_rows, p_cols]
+            total[:, p_rows, p_cols] += weight * image[:, q_rows, q_cols]
+            norm[p_rows, p_cols] += weight
+    return total / norm
