@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from capture import sweep
 from capture.decode import is_image_name
 from capture.errors import DaifError, DataError, NoSpaceError, SomeFailedError, UsageError
 from capture.importer import STACK_FILE
@@ -142,6 +143,26 @@ def watch(locations: Sequence[str], job: Job, **where: Any) -> None:
             except DaifError as error:
                 Console(stderr=True).print(f"daif: {error}", markup=False, highlight=False, soft_wrap=True)
         time.sleep(POLL_S)
+
+
+def follow(location: str, job: Job) -> None:
+    """Reconstruct a stack that is still being captured, again whenever frames were added, until it is complete.
+
+    Raises DataError if the capture ends before two frames are there.
+    """
+    remote.prepare_output(job.out)
+    again = replace(job, force=True)
+    done = 0
+    for state in sweep.follow(Path(location)):
+        if state.n_frames < 2 or state.n_frames == done:
+            continue
+        record = process_stack(str(state.path), again)
+        done = state.n_frames
+        print(
+            f"{record['folder']}: {done} of {state.n_planned} frames, {record['summary']['seconds']:.1f} s", flush=True
+        )
+    if done == 0:
+        raise DataError(f"{location}: no two frames were captured; start `daif capture` first, or give the right path")
 
 
 def _settled(stack: str) -> bool:

@@ -59,6 +59,7 @@ def reconstruct_command(
     workers: Annotated[int, typer.Option(min=1, help="Processes on this machine; one per GPU is right.")] = 1,
     on: Annotated[str | None, typer.Option(help="Dask scheduler to join: tcp://HOST:8786.")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Keep looking for new stacks until interrupted.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="One stack that is still being captured.")] = False,
 ) -> None:
     """Turn focal stacks into depth, confidence and all-in-focus images."""
     from reconstruct import batch, export, infer, job
@@ -80,7 +81,11 @@ def reconstruct_command(
         device=device,
     )
     work = job.Job(out, settings, lens, depth_unit, wanted, force)  # type: ignore[arg-type]
-    if watch:
+    if follow:
+        if len(stacks) != 1:
+            raise UsageError(f"--follow takes one stack, got {len(stacks)}")
+        batch.follow(stacks[0], work)
+    elif watch:
         batch.watch(stacks, work, workers=workers, address=on)
     else:
         batch.run(batch.find_stacks(stacks), work, workers=workers, address=on)

@@ -1,6 +1,8 @@
 """Finding stacks, skipping finished ones, going past failures, URLs."""
 
 import json
+import threading
+import time
 
 import cv2
 import fsspec
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 
 from capture.errors import DataError, SomeFailedError, UsageError
+from capture.stack import FocalStack, StackWriter
 from reconstruct import batch
 from reconstruct.infer import Settings
 from reconstruct.job import Job, stack_name
@@ -95,6 +98,32 @@ def test_from_a_bucket_to_a_bucket(archive):
     written = {name.rsplit("/", 1)[-1] for name in files.find("/bucket/out")}
     assert {"depth.npy", "report.html", "reconstruction.json", "batch.json"} <= written
     assert batch.run(stacks, Job("memory://bucket/out", SETTINGS))[0].status == "skipped"
+
+
+def test_follows_a_stack_that_is_being_captured(tmp_path, capsys):
+    """Another thread commits frames while the result is refreshed."""
+    with FocalStack.open(write_small_stack(tmp_path / "source.h5")) as source:
+        frames, lens = [source.raw(i) for i in range(source.n_frames)], source.lens
+        distances, transfer = source.focus_distance_m, source.transfer
+    folder = tmp_path / "live"
+    folder.mkdir()
+    height, width, _ = frames[0].shape
+    writer = StackWriter.create(
+        folder / "live.h5", n_frames=4, height=height, width=width, dtype=frames[0].dtype, transfer=transfer, lens=lens
+    )
+
+    def capture():
+        for i, frame in enumerate(frames):
+            writer.append(i, frame, focus_distance_m=distances[i])
+            time.sleep(1.0)
+        writer.finish()
+
+    thread = threading.Thread(target=capture)
+    thread.start()
+    batch.follow(str(folder / "live.h5"), Job(str(tmp_path / "out"), SETTINGS))
+    thread.join()
+    assert json.loads((tmp_path / "out/live/reconstruction.json").read_text())["input"]["frames"] == 4
+    assert len(capsys.readouterr().out.splitlines()) > 1
 
 
 @pytest.mark.slow
