@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from calibration.calibrate import Calibration
 
-WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 460, 300, 58, 42, 12, 12
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 460, 300, 58, 42, 12, 22
 COLORS = ("#0b6e99", "#c2410c", "#15803d", "#7e22ce", "#a16207", "#be185d", "#334155", "#0f766e")
 
 FloatArray = NDArray[np.float64]
