@@ -19,9 +19,9 @@ from torch import Tensor
 
 from reconstruct.smoothing import box_mean, gaussian_mean
 
-BAND_SIGMAS_PX = (0.6, 1.2, 2.4, 4.8)  # a band is what one of these Gaussians leaves of the band before it
-BAND_FREQUENCIES = (0.3, 0.16, 0.08, 0.04)  # cycles a pixel at which a band's contrast is read
-COARSE_WINDOW_PX = 29  # what varies within it counts as signal of the coarsest band
+BAND_SIGMAS_PX = (0.6, 1.3, 2.8)  # a band is what one of these Gaussians leaves of the band before it
+BAND_FREQUENCIES = (0.3, 0.15, 0.07)  # cycles a pixel at which a band's contrast is read
+COARSE_WINDOW_PX = 17  # what varies within it counts as signal of the coarsest band
 MODEL_ERROR = 0.2  # share of the signal that the blur model gets wrong, per pixel of CoC
 LEAST_CONTRAST = 0.2  # blur is undone by at most 1 / this
 DEPTH_CAUTION = 0.5  # standard errors of depth that are added to the blur
@@ -67,13 +67,13 @@ def fuse(
         share = weight * contrast
         total = (share * contrast).sum(0)
         noise_left = band_noise * share.square().sum(0) / total.square()
-        aif += (share[:, None] * band).sum(0) / total * (signal / (signal + noise_left))
+        aif += _weighted_sum(share, band) * (signal / (total * (signal + noise_left)))
         finer_sigma = math.hypot(finer_sigma, sigma)
     coarse_noise = noise / (4 * math.pi * finer_sigma**2)
     ripple = coarse - torch.stack([torch.stack([box_mean(p, COARSE_WINDOW_PX) for p in frame]) for frame in coarse])
     signal = _signal(ripple, sharpest, coarse_noise, COARSE_WINDOW_PX)
     weight = usable / (coarse_noise + (MODEL_ERROR * coc).square() * signal)
-    aif += (weight[:, None] * coarse).sum(0) / weight.sum(0)
+    aif += _weighted_sum(weight, coarse) / weight.sum(0)
     return aif.clamp_min(0.0)
 
 
@@ -83,6 +83,14 @@ def band_contrast(coc_px: Tensor, frequency: float) -> Tensor:
     The Gaussian of std 0.26 CoC, which is a disc's closest there and never changes sign.
     """
     return torch.exp(-2 * (math.pi * frequency * 0.26 * coc_px).square())
+
+
+def _weighted_sum(weight: Tensor, frames: Tensor) -> Tensor:
+    """Sum over frames of weight (S, H, W) times frames (S, 3, H, W), (3, H, W), without the (S, 3, H, W) product."""
+    total = weight[0] * frames[0]
+    for k in range(1, len(weight)):
+        total.addcmul_(weight[k], frames[k])
+    return total
 
 
 def _signal(band: Tensor, sharpest: Tensor, noise: Tensor, window_px: int) -> Tensor:
@@ -110,8 +118,11 @@ def _noise_variance(frames: Tensor) -> Tensor:
 def noise_variance(luma: Tensor) -> Tensor:
     """Variance of the pixel noise of `luma` (S, H, W), a scalar.
 
-    Read from the diagonal Haar band, where texture is weakest, in the frame that has least of it.
+    Read from the diagonal Haar band, where texture is weakest, in the frame that has least of it. 0.001^2 where the
+    image is a single line and cannot tell.
     """
+    if min(luma.shape[1:]) < 2:
+        return luma.new_tensor(1e-6)
     even = luma[:, : luma.shape[1] // 2 * 2, : luma.shape[2] // 2 * 2]
     diagonal = (even[:, ::2, ::2] - even[:, 1::2, ::2] - even[:, ::2, 1::2] + even[:, 1::2, 1::2]) / 2
     spread = diagonal.abs().flatten(1).median(1).values.min() / 0.6745

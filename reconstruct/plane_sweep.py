@@ -123,15 +123,16 @@ def _both_ways(cost: Tensor, jump: Tensor, small_step: float) -> Tensor:
     for backwards in (False, True):
         order = range(length - 1, -1, -1) if backwards else range(length)
         path = cost[order[0]].clone()
+        step, arrived = torch.empty_like(path), torch.empty_like(path)
         total[order[0]] += path
         for t in order[1:]:
             best = path.amin(0)
             price = jump[t + 1] if backwards else jump[t]
-            step = path + small_step
-            arrived = torch.minimum(path, (best + price)[None])
+            torch.add(path, small_step, out=step)
+            torch.minimum(path, (best + price)[None], out=arrived)
             torch.minimum(arrived[1:], step[:-1], out=arrived[1:])
             torch.minimum(arrived[:-1], step[1:], out=arrived[:-1])
-            path = arrived.sub_(best).add_(cost[t])
+            path, arrived = arrived.sub_(best).add_(cost[t]), path
             total[t] += path
     return total
 
