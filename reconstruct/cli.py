@@ -79,6 +79,7 @@ def reconstruct_command(
         align=align,
         max_residual_px=float("inf") if allow_misaligned else None,
         device=device,
+        compare=len(stacks) == 1,
     )
     work = job.Job(out, settings, lens, depth_unit, wanted, force)  # type: ignore[arg-type]
     if follow:

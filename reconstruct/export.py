@@ -138,7 +138,7 @@ def write_glb(
     Quads whose corners differ by more than `max_slope` of their depth are depth edges and stay open.
     """
     stride = max(1, int(np.ceil(np.sqrt(depth_m.size / max_vertices))))
-    xyz = back_project(depth_m, intrinsics)[::stride, ::stride] * np.float32([1, -1, -1])
+    xyz = back_project(depth_m, intrinsics)[::stride, ::stride] * np.array([1, -1, -1], np.float32)
     depth = depth_m[::stride, ::stride]
     colour = rgb[::stride, ::stride]
     height, width = depth.shape

@@ -48,6 +48,7 @@ class Settings:
         max_residual_px: alignment residual above which the stack is refused; None for the default, inf for never.
         max_coc_px: widest blur at the working scale; larger blur is worked on at half, a third ... of the size.
         device: `auto`, `cpu`, `cuda`, `cuda:1` ...
+        compare: with the network, also keep the plane sweep's answer to print beside it.
     """
 
     method: Method = "plane-sweep"
@@ -57,6 +58,7 @@ class Settings:
     max_residual_px: float | None = None
     max_coc_px: float = 40.0
     device: str = "auto"
+    compare: bool = False
 
 
 def reconstruct(
@@ -89,13 +91,16 @@ def reconstruct(
     clock.lap("gain")
 
     estimator = _Estimator(settings, optics.focus_dpt, kappa / step, device)
-    fields = _estimate_tiled(stack, alignment, estimator, step, progress)
+    fields, baseline = _estimate_tiled(stack, alignment, estimator, step, progress)
     clock.lap("estimate")
     if step > 1:
         fields = _carry_up(stack, alignment, fields, optics.focus_dpt, kappa, step, device, progress)
         clock.lap("full size")
     progress("done", 1.0)
-    return _assemble(stack, settings, optics, alignment, kappa, step, fields, clock, estimator.description)
+    answer = _assemble(stack, optics, alignment, kappa, step, fields, clock, estimator.description)
+    if baseline is not None:
+        answer.baseline = _assemble(stack, optics, alignment, kappa, step, baseline, clock, {"name": "plane-sweep"})
+    return answer
 
 
 @dataclass
@@ -128,6 +133,7 @@ class _Estimator:
         self.focus_dpt = torch.as_tensor(focus_dpt, dtype=torch.float32, device=device)
         self.kappa = torch.as_tensor(kappa, dtype=torch.float32, device=device)
         self.refine_steps = settings.refine_steps
+        self.compare = settings.compare and settings.method == "network"
         self.description: dict[str, Any] = {"name": settings.method, "refine_steps": settings.refine_steps}
         self.model: Any = None
         if settings.method == "network":
@@ -136,7 +142,8 @@ class _Estimator:
             self.model = load_network(settings.weights, device)
             self.description["weights"] = self.model.identity
 
-    def __call__(self, frames: NDArray[np.float32], valid: NDArray[np.bool_]) -> Estimate:
+    def __call__(self, frames: NDArray[np.float32], valid: NDArray[np.bool_]) -> tuple[Estimate, Estimate | None]:
+        """The tile's estimate, and the plane sweep's where it is wanted for comparison."""
         tensor = torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous().to(self.device)
         mask = torch.from_numpy(valid).to(self.device)
         if self.model is None:
@@ -149,7 +156,8 @@ class _Estimator:
             from reconstruct.refine import refine
 
             estimate = refine(tensor, self.focus_dpt, self.kappa, estimate, steps=self.refine_steps)
-        return estimate
+        baseline = plane_sweep(tensor, self.focus_dpt, self.kappa, valid=mask) if self.compare else None
+        return estimate, baseline
 
 
 def _overview(stack: FocalStack) -> tuple[NDArray[np.float32], int]:
@@ -248,17 +256,20 @@ def _seen(alignment: Alignment, rows: slice, cols: slice, step: int) -> NDArray[
 
 def _estimate_tiled(
     stack: FocalStack, alignment: Alignment, estimator: _Estimator, step: int, progress: Report
-) -> _Fields:
+) -> tuple[_Fields, _Fields | None]:
     height, width = stack.height // step, stack.width // step
     fields = _Fields.empty(height, width)
+    baseline = _Fields.empty(height, width) if estimator.compare else None
     tiles = list(_tiles(height, width))
     for done, (rows, cols, outer_rows, outer_cols) in enumerate(tiles):
         progress("estimating depth", 0.1 + 0.6 * done / len(tiles))
         frames = _read_tile(stack, alignment, outer_rows, outer_cols, step)
-        estimate = estimator(frames, _seen(alignment, outer_rows, outer_cols, step))
+        estimate, beside = estimator(frames, _seen(alignment, outer_rows, outer_cols, step))
         core = _inside(rows, outer_rows), _inside(cols, outer_cols)
         fields.put(rows, cols, estimate, core)
-    return fields
+        if baseline is not None and beside is not None:
+            baseline.put(rows, cols, beside, core)
+    return fields, baseline
 
 
 def _inside(core: slice, outer: slice) -> slice:
@@ -342,7 +353,6 @@ class _Clock:
 
 def _assemble(
     stack: FocalStack,
-    settings: Settings,
     optics: StackOptics,
     alignment: Alignment,
     kappa: NDArray[np.float64],

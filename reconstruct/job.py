@@ -118,10 +118,13 @@ def _truth(stack: FocalStack, answer: result.Reconstruction) -> report.Truth | N
     truth_m = stack.truth_depth_m
     if truth_m is None or not answer.metric:
         return None
-    scores = evaluate.score(answer, truth_m, stack.truth_aif)
-    answer.record["errors"] = scores
-    rows = [[metrics.LABELS.get(name, name), f"{value:.4g}"] for name, value in scores.items()]
-    return report.Truth(truth_m, ["measure", answer.record["method"]["name"]], rows, metrics.NOTE)
+    columns = [answer] if answer.baseline is None else [answer, answer.baseline]
+    columns = [column for column in columns if column.confidence.shape == truth_m.shape]
+    scores = [evaluate.score(column, truth_m, stack.truth_aif) for column in columns]
+    names = [column.record["method"]["name"] for column in columns]
+    answer.record["errors"] = dict(zip(names, scores, strict=True))
+    rows = [[metrics.LABELS.get(name, name), *(f"{score[name]:.4g}" for score in scores)] for name in scores[0]]
+    return report.Truth(truth_m, ["measure", *names], rows, metrics.NOTE)
 
 
 def sha256(path: Path) -> str:

@@ -92,6 +92,11 @@ def _facts(result: Reconstruction) -> list[tuple[str, str]]:
     if result.metric:
         facts += [("nearest (1 %)", format_length(near)), ("farthest (99 %)", format_length(far))]
         facts += [("median uncertainty", "± " + format_length(float(np.median(result.depth_std[known]))))]
+    if result.baseline is not None and result.baseline.confidence.shape == result.confidence.shape:
+        gap = np.abs(result.inverse_depth_dpt - result.baseline.inverse_depth_dpt) * float(
+            result.kappa_px_per_dpt.mean()
+        )
+        facts.append(("median difference to the plane sweep", f"{float(np.median(gap)):.2f} px of blur"))
     facts += [
         ("confident (above 0.5)", f"{100 * float((result.confidence > 0.5).mean()):.0f} %"),
         ("depth known", f"{100 * float(known.mean()):.0f} %"),
@@ -123,13 +128,14 @@ def _maps(result: Reconstruction, truth: Truth | None) -> list[dict[str, Any]]:
     ]
     std = result.depth_std
     top = float(np.nanpercentile(std, 95)) if np.isfinite(std).any() else 1.0
-    labels = [format_length(v) if result.metric else f"{v:.2f}" for v in np.linspace(0, top, 3)]
-    maps.append(_map("Uncertainty", export.colorize(std, 0, top), "one standard deviation", _bar(), labels))
+    spread_labels = [format_length(v) if result.metric else f"{v:.2f}" for v in np.linspace(0, top, 3)]
+    maps.append(_map("Uncertainty", export.colorize(std, 0, top), "one standard deviation", _bar(), spread_labels))
+    if result.baseline is not None:
+        beside = export.colorize(result.baseline.inverse_depth_dpt, low, high)
+        maps.append(_map("Depth, plane sweep", beside, "without training, same colours", _bar(reverse=True), labels))
     if truth is not None:
         true_colour = export.colorize(1 / truth.depth_m, low, high)
-        maps.append(
-            _map("True depth", true_colour, "same colours as Depth", _bar(reverse=True), maps[1]["bar"]["ticks"])
-        )
+        maps.append(_map("True depth", true_colour, "same colours as Depth", _bar(reverse=True), labels))
         error = np.abs(result.depth - truth.depth_m) / truth.depth_m
         maps.append(
             _map("Error", export.colorize(error, 0, 0.1), "|depth - truth| / truth", _bar(), ["0", "5 %", "over 10 %"])

@@ -35,6 +35,7 @@ class Reconstruction:
         aif: (H, W, 3) float32, linear RGB, 0 to 1.
         metric: True if depths are metres. False for an uncalibrated stack: `depth` is then ordered and
             unitless, 0 at the nearest focus setting and 1 at the farthest.
+        baseline: the plane sweep's answer at the working scale, where it was asked for; not saved.
         record: everything else worth keeping (inputs, lens, versions, timings, residuals), JSON-ready.
     """
 
@@ -48,6 +49,7 @@ class Reconstruction:
     focus_dpt: NDArray[np.float64]
     kappa_px_per_dpt: NDArray[np.float64]
     record: dict[str, Any] = field(default_factory=dict)
+    baseline: Reconstruction | None = None
 
     @property
     def depth(self) -> NDArray[np.float32]:
@@ -73,7 +75,9 @@ class Reconstruction:
     def near_far(self) -> tuple[float, float]:
         """Robust nearest and farthest depth (1st and 99th percentile)."""
         known = self.depth[np.isfinite(self.depth)]
-        return tuple(float(v) for v in np.percentile(known, [1, 99])) if known.size else (np.nan, np.nan)
+        if known.size == 0:
+            return np.nan, np.nan
+        return float(np.percentile(known, 1)), float(np.percentile(known, 99))
 
 
 def is_complete(folder: Path) -> bool:
@@ -158,7 +162,7 @@ def _write_files(
     if "exr" in extra_formats:
         export.write_exr(folder / "depth.exr", depth, result.aif)
     if "nerfstudio" in extra_formats:
-        export.write_nerfstudio(folder / "transforms.json", *depth.shape, result.intrinsics)
+        export.write_nerfstudio(folder / "transforms.json", depth.shape[0], depth.shape[1], result.intrinsics)
 
 
 def load(folder: Path) -> Reconstruction:
