@@ -44,7 +44,6 @@ TAIL_SIGMAS = 4.5  # a Gaussian's reach: 7e-6 of its mass lies beyond
 LEAST_WEIGHT = 1e-3  # of a layer and everything behind it, below which it has no colour
 SCALE_KNEE, SCALE_RATIO = 0.3, 1.5  # of the gather's blur levels (notes/performance.md 1.1, last row)
 GATHER_TILE_PIXELS = 150_000  # a tile holds about 20 levels
-RADIUS_BINS = 4096  # samples of the disc's transfer function between frequency 0 and the corner of the band
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class Psf:
     """Shape of the blur of a point, as a function of the circle of confusion.
 
     Attributes:
-        shape: `disc` is the uniform disc of the CoC's diameter, band-limited; `gaussian` has std = `gain` x diameter.
+        shape: `disc` is the uniform disc of the CoC's diameter, anti-aliased; `gaussian` has std = `gain` x diameter.
         gain: std of the Gaussian per px of CoC diameter. 1/4 has the disc's second moment, 0.27 matches real
             disc blur best (design section 2).
         floor_px: std of the Gaussian that sensor and diffraction add to every blur, in quadrature.
@@ -156,14 +155,8 @@ class Spectrum:
         twice = torch.full((columns.numel(),), 2.0, dtype=torch.float64)
         twice[0] = twice[-1] = 1.0
         self.parseval = (twice / (height * width)).repeat_interleave(2).to(device, dtype)
-        # where each frequency falls in a table over the radius; the lower half of the rows mirrors the upper
-        upper = rows[: height // 2 + 1].abs()
-        position = torch.hypot(upper[:, None], columns[None]) * (RADIUS_BINS / math.sqrt(0.5))
-        bins = position.long().clamp_max(RADIUS_BINS - 1)
-        self.bins, self.within_bin = bins.flatten().to(device), (position - bins).to(device, dtype)
-        self.radius = (torch.arange(RADIUS_BINS + 1, dtype=torch.float64) * (math.sqrt(0.5) / RADIUS_BINS)).to(
-            device, dtype
-        )
+        self.cos_rows = _Cosines(rows[: height // 2 + 1].abs(), dtype, device)
+        self.cos_columns = _Cosines(columns, dtype, device)
 
     def zeros(self, *leading: int) -> Tensor:
         """A spectrum of nothing, (*leading, h, w + 2)."""
@@ -181,56 +174,128 @@ class Spectrum:
     def transfer(self, coc_px: Tensor, psf: Psf) -> Tensor:
         """Transfer functions (n, h, w + 2) of blurs with CoC diameters `coc_px` (n,)."""
         if psf.shape == "gaussian":
-            return self._gaussian((psf.gain * coc_px) ** 2 + psf.floor_px**2)
-        return self._radial(_airy(math.pi * coc_px[:, None] * self.radius), psf)
+            variance = ((psf.gain * coc_px) ** 2 + psf.floor_px**2)[:, None, None]
+            return torch.exp(variance * self.bend_rows) * torch.exp(variance * self.bend_columns)
+        return self._spread(self._disc(coc_px)[0], psf)
 
     def transfer_slope(self, coc_px: Tensor, psf: Psf) -> Tensor:
         """Derivative of `transfer` by the CoC diameter."""
         if psf.shape == "gaussian":
             by_variance = (self.bend_rows + self.bend_columns) * self.transfer(coc_px, psf)
             return by_variance.mul_((2 * psf.gain**2) * coc_px[:, None, None])
-        scaled = math.pi * self.radius
-        return self._radial(scaled * _airy_slope(scaled * coc_px[:, None]), psf)
+        return self._spread(self._disc(coc_px, slope=True)[1], psf)
+
+    def _disc(self, coc_px: Tensor, slope: bool = False) -> tuple[Tensor, Tensor]:
+        """Transfer functions of anti-aliased discs on the upper rows, (n, h/2 + 1, w/2 + 1); perhaps their slopes.
+
+        The disc is cut into chords at height y with half-length x, y = r sin a and x = r cos a. What falls between
+        pixels is shared linearly by the nearest, so the transfer function of a point at y is that of the two pixels
+        around it, and that of a chord the integral of the same.
+        """
+        radius, radius_slope = _disc_radius(coc_px)
+        angle = _chord_angles(float(radius.max()), coc_px)
+        height, half = radius[:, None] * angle.sin(), radius[:, None] * angle.cos()
+        share = angle.cos()
+        scale = 1 / (radius[:, None, None] * share.square().sum())
+        point, point_slope = self.cos_rows.interpolated(height)
+        chord, chord_slope = self.cos_columns.integrated(half)
+        point_share = point * (share[:, None] * scale)
+        disc = point_share.mT @ chord
+        if not slope:
+            return disc, disc
+        grown = (point_slope * (share * angle.sin())[:, None] * scale).mT @ chord
+        grown += point_share.mT @ (chord_slope * angle.cos()[:, None])
+        return disc, grown.sub_(disc / radius[:, None, None]).mul_(radius_slope[:, None, None])
+
+    def _spread(self, upper: Tensor, psf: Psf) -> Tensor:
+        """The whole plane (n, h, w + 2) from its upper rows (n, h/2 + 1, w/2 + 1), times the floor's Gaussian."""
+        rows = upper.shape[1]
+        upper = upper * torch.exp(psf.floor_px**2 * self.bend_rows[:rows])
+        upper.mul_(torch.exp(psf.floor_px**2 * self.bend_columns[:, ::2]))
+        upper = upper[..., None].expand(*upper.shape, 2).flatten(-2)
+        return torch.cat([upper, upper[:, 1 : self.height // 2].flip(1)], 1)
 
     def gaussian(self, variance: float) -> Tensor:
         """Transfer function (h, w + 2) of the Gaussian of one variance."""
         return torch.exp(variance * self.bend_rows) * torch.exp(variance * self.bend_columns)
 
-    def _gaussian(self, variance: Tensor) -> Tensor:
-        variance = variance[:, None, None]
-        return torch.exp(variance * self.bend_rows) * torch.exp(variance * self.bend_columns)
 
-    def _radial(self, table: Tensor, psf: Psf) -> Tensor:
-        """`table` (n, RADIUS_BINS + 1) over the radial frequency, spread over the plane, times the floor's Gaussian."""
-        shape = (table.shape[0], *self.within_bin.shape)
-        low = table.index_select(1, self.bins).view(shape)
-        step = table.diff(dim=1).index_select(1, self.bins).view(shape)
-        upper = low.addcmul_(step, self.within_bin)
-        upper.mul_(torch.exp(psf.floor_px**2 * self.bend_rows[: shape[1]]))
-        upper.mul_(torch.exp(psf.floor_px**2 * self.bend_columns[:, ::2]))
-        upper = upper[..., None].expand(*shape, 2).flatten(-2)
-        return torch.cat([upper, upper[:, 1 : self.height // 2].flip(1)], 1)
+class _Cosines:
+    """cos(2 pi f n) of whole pixels n, interpolated linearly between them and integrated from 0; for frequencies f."""
+
+    def __init__(self, frequencies: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+        self.frequencies = frequencies
+        self.dtype, self.device = dtype, device
+        self.values = self.integral = torch.empty(0, 0)
+
+    def _cover(self, pixels: int) -> None:
+        if self.values.shape[0] < pixels:
+            n = torch.arange(2 * pixels, dtype=torch.float64)
+            values = torch.cos(2 * math.pi * n[:, None] * self.frequencies)
+            trapezia = (values[1:] + values[:-1]) / 2
+            integral = torch.cat([torch.zeros_like(values[:1]), trapezia.cumsum(0)])
+            self.values = values.to(self.device, self.dtype)
+            self.integral = integral.to(self.device, self.dtype)
+
+    def interpolated(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Values and slopes (n, m, f) at the distances `x` (n, m) in px."""
+        self._cover(int(x.max()) + 2)
+        cell = x.long()
+        low = self.values[cell]
+        slope = self.values[cell + 1] - low
+        return low + slope * (x - cell)[..., None], slope
+
+    def integrated(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Integrals from 0 to `x` and the values there, (n, m, f) each."""
+        self._cover(int(x.max()) + 2)
+        cell = x.long()
+        low = self.values[cell]
+        within = (x - cell)[..., None]
+        change = (self.values[cell + 1] - low).mul_(within)
+        return self.integral[cell] + within * (low + change / 2), low + change
+
+
+def _chord_angles(radius_px: float, like: Tensor) -> Tensor:
+    """Midpoints of enough equal parts of a right angle to render a disc of this radius smoothly."""
+    parts = 24 + 4 * math.ceil(radius_px)
+    return (torch.arange(parts, dtype=like.dtype, device=like.device) + 0.5) * (math.pi / 2 / parts)
+
+
+_RADIUS_TABLE_PX = 8.0
+
+
+@lru_cache(maxsize=1)
+def _radius_table() -> tuple[Tensor, Tensor]:
+    """Variance per axis of anti-aliased discs of radius 0 to _RADIUS_TABLE_PX: that of the disc and of the sharing."""
+    radius = torch.linspace(1e-6, _RADIUS_TABLE_PX, 1024, dtype=torch.float64)
+    place = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
+    share = (1 - place**2).sqrt()  # length of the chord at `place` radii from the centre
+    x = radius[:, None] * place
+    within = x - x.floor()
+    return radius, ((x * x + within * (1 - within)) * share).sum(1) / share.sum()
+
+
+def _disc_radius(coc_px: Tensor) -> tuple[Tensor, Tensor]:
+    """Radius whose anti-aliased disc has the variance of the ideal one, (CoC / 4)^2, and its slope by the CoC.
+
+    Sharing light between whole pixels adds up to 1/6 px^2; without this, discs of a few pixels would look too wide
+    and the smallest would have a cusp at c = 0.
+    """
+    radii, variances = _radius_table()
+    radii, variances = radii.to(coc_px), variances.to(coc_px)
+    wanted = coc_px.square() / 16
+    cell = (torch.searchsorted(variances, wanted) - 1).clamp(0, len(radii) - 2)
+    slope = (radii[cell + 1] - radii[cell]) / (variances[cell + 1] - variances[cell])
+    radius = (radii[cell] + slope * (wanted - variances[cell])).clamp_min(1e-6)
+    beyond = wanted > variances[-1]
+    far = (radii[-1] ** 2 + 4 * (wanted - variances[-1]).clamp_min(0)).sqrt()
+    radius, slope = torch.where(beyond, far, radius), torch.where(beyond, 2 / far, slope)
+    return radius, slope * coc_px / 8
 
 
 @lru_cache(maxsize=8)
 def _spectrum(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Spectrum:
     return Spectrum(_fast_length(height), _fast_length(width), dtype, device)
-
-
-def _airy(x: Tensor) -> Tensor:
-    """Transfer function of the unit disc, 2 J1(x) / x; even in x and 1 at 0."""
-    x = x.abs()
-    small = x < 1e-2
-    safe = torch.where(small, torch.ones_like(x), x)
-    return torch.where(small, 1 - x * x / 8 * (1 - x * x / 24), 2 * torch.special.bessel_j1(safe) / safe)
-
-
-def _airy_slope(x: Tensor) -> Tensor:
-    """Derivative of `_airy`, -2 J2(x) / x; odd in x."""
-    small = x.abs() < 1e-2
-    safe = torch.where(small, torch.ones_like(x), x)
-    j2 = 2 * torch.special.bessel_j1(safe) / safe - torch.special.bessel_j0(safe)
-    return torch.where(small, -x / 4 * (1 - x * x / 12), -2 * j2 / safe)
 
 
 # --- layers ---------------------------------------------------------------------------------------------------------
@@ -434,7 +499,7 @@ class _Occlusion(torch.autograd.Function):
             layers, spectra = _ordered_spectra(aif, position, tile, spectrum, coc_px.shape[1])
             for k in range(n_frames):
                 transfer = spectrum.transfer(coc_px[k, layers], psf)
-                front = _Front(*position[tile.wide].shape, aif)
+                front = _Front(position[tile.wide])
                 for sheet, passed in zip(spectra, transfer, strict=True):
                     front.add(spectrum.inverse(sheet * passed, *position[tile.wide].shape))
                 out[(k, slice(None), *tile.proper)] = (front.light / front.weight)[(..., *tile.inner)]
@@ -501,10 +566,10 @@ def _ordered_spectra(
 class _Front:
     """What has been composited so far, from the front."""
 
-    def __init__(self, height: int, width: int, like: Tensor) -> None:
-        self.light = like.new_zeros(3, height, width)
-        self.weight = like.new_zeros(height, width)
-        self.open = like.new_ones(height, width)
+    def __init__(self, like: Tensor) -> None:
+        self.light = like.new_zeros(3, *like.shape)
+        self.weight = torch.zeros_like(like)
+        self.open = torch.ones_like(like)
 
     def add(self, blurred: Tensor) -> None:
         """Put a blurred sheet (5, h, w) behind the rest."""
@@ -522,7 +587,7 @@ def _behind(blurred: Tensor) -> Tensor:
 
 def _front_backward(blurred: list[Tensor], grad_out: Tensor) -> list[Tensor]:
     """Gradients (5, h, w) by the blurred sheets of one frame, near to far, for `grad_out` (3, h, w)."""
-    front = _Front(*grad_out.shape[1:], grad_out)
+    front = _Front(grad_out[0])
     opens = []
     for sheet in blurred:
         opens.append(front.open.clone())

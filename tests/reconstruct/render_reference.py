@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from scipy import special
@@ -66,36 +67,61 @@ def blur_gaussian(image: Tensor, coc_px: Tensor, psf: Psf) -> Tensor:
     return functional.conv2d(down, taps[None, None, None, :], padding=(0, reach)).reshape(channels, *image.shape[1:])
 
 
-def blur_disc(image: Tensor, coc_px: Tensor, psf: Psf) -> Tensor:
-    """`image` blurred by the disc on a generous periodic grid; the kernel is an explicit sum over frequencies."""
-    _, height, width = image.shape
-    pad = psf.reach_px(float(coc_px.detach().abs())) + 8
-    rows, columns = (torch.fft.fftfreq(n + 2 * pad, dtype=image.dtype) for n in (height, width))
-    x = math.pi * coc_px.abs() * torch.hypot(rows[:, None], columns[None])
-    safe = torch.where(x < 1e-4, torch.ones_like(x), x)
-    airy = torch.where(x < 1e-4, 1 - x * x / 8, 2 * special_j1(safe) / safe)
-    laplacian = torch.cos(2 * math.pi * rows)[:, None] + torch.cos(2 * math.pi * columns)[None] - 2
-    transfer = airy * torch.exp(psf.floor_px**2 * laplacian)
-    padded = functional.pad(image, (pad, pad, pad, pad))
-    blurred = torch.fft.ifft2(torch.fft.fft2(padded) * transfer).real
-    return blurred[:, pad : pad + height, pad : pad + width]
+def disc_taps(coc_px: float, points: int = 400) -> Tensor:
+    """The anti-aliased disc, (2 R + 1, 2 R + 1): a fine grid of points in it, each shared by the four pixels around."""
+    wanted = coc_px**2 / 16
+
+    def taps(radius: float) -> tuple[Tensor, float]:
+        reach = math.ceil(radius) + 1
+        line = ((torch.arange(points, dtype=torch.float64) + 0.5) / points * 2 - 1) * radius
+        y, x = torch.meshgrid(line, line, indexing="ij")
+        inside = y**2 + x**2 <= radius**2
+        y, x = y[inside], x[inside]
+        kernel = torch.zeros(2 * reach + 1, 2 * reach + 1, dtype=torch.float64)
+        for dy in (0, 1):
+            for dx in (0, 1):
+                row, column = y.floor() + dy, x.floor() + dx
+                share = (1 - (y - row).abs()) * (1 - (x - column).abs())
+                kernel.index_put_((row.long() + reach, column.long() + reach), share, accumulate=True)
+        kernel /= kernel.sum()
+        return kernel, float((kernel.sum(0) * torch.arange(-reach, reach + 1) ** 2).sum())
+
+    low, high = 0.0, coc_px
+    for _ in range(40):  # the radius with the ideal disc's second moment
+        middle = (low + high) / 2
+        low, high = (middle, high) if taps(middle)[1] < wanted else (low, middle)
+    return taps(low)[0]
 
 
-class _BesselJ1(torch.autograd.Function):
+class _DiscTaps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return torch.special.bessel_j1(x)
+    def forward(ctx, coc_px, reach):
+        ctx.save_for_backward(coc_px)
+        ctx.reach = reach
+        return _DiscTaps.padded(float(coc_px.abs()), reach)
 
     @staticmethod
     def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        return grad * (torch.special.bessel_j0(x) - torch.special.bessel_j1(x) / x)
+        (coc_px,) = ctx.saved_tensors
+        c, step = float(coc_px.abs()), 0.1
+        slope = (_DiscTaps.padded(c + step, ctx.reach) - _DiscTaps.padded(abs(c - step), ctx.reach)) / (2 * step)
+        return (grad * slope).sum() * coc_px.sign(), None
+
+    @staticmethod
+    @lru_cache(maxsize=1000)
+    def padded(coc_px, reach):
+        taps = disc_taps(coc_px, 120)
+        return functional.pad(taps, [reach - taps.shape[0] // 2] * 4)
 
 
-def special_j1(x: Tensor) -> Tensor:
-    """J1, with a gradient (torch has none)."""
-    return _BesselJ1.apply(x)
+def blur_disc(image: Tensor, coc_px: Tensor, psf: Psf) -> Tensor:
+    """`image` blurred by the disc's taps and then by the floor, zero outside."""
+    reach = math.ceil(float(coc_px.detach().abs()) / 2) + 3
+    taps = _DiscTaps.apply(coc_px, reach)
+    margin = math.ceil(6 * psf.floor_px) + 3  # light that the disc throws out of the image, the floor may bring back
+    blurred = functional.conv2d(image[:, None], taps[None, None], padding=reach + margin)[:, 0]
+    still = torch.zeros_like(coc_px)
+    return blur_gaussian(blurred, still, psf)[:, margin:-margin, margin:-margin]
 
 
 def blur(image: Tensor, coc_px: Tensor, psf: Psf) -> Tensor:

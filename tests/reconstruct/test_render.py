@@ -75,7 +75,7 @@ def test_layers_are_their_definition_in_values_and_gradients(model, psf):
     found = render_stack(
         aif, depth, focus, kappa, model=model, psf=psf.shape, gaussian_gain=psf.gain, floor_px=psf.floor_px
     )[0]
-    tolerance = 1e-6 if psf.shape == "gaussian" else 5e-3  # the disc rings: its far tail depends on the grid
+    tolerance = 1e-6 if psf.shape == "gaussian" else 1e-2  # the reference counts points in the disc
     assert relative(found, expected) < tolerance
     teacher = torch.rand(expected.shape, generator=torch.Generator().manual_seed(3), dtype=F64)
     wanted = torch.autograd.grad((expected * teacher).sum(), inputs)
@@ -144,4 +144,26 @@ def test_tiles_leave_no_seam(monkeypatch, model, psf):
     monkeypatch.setattr(render_module, "TILE_PIXELS", 1200)
     monkeypatch.setattr(render_module, "GATHER_TILE_PIXELS", 1200)
     for a, b in zip(values(), whole, strict=True):
-        assert relative(a, b) < (5e-3 if psf == "disc" and model != "gather" else 1e-5)
+        assert relative(a, b) < (1e-3 if model == "occlusion" else 1e-5)  # it divides by weights down to 1e-3
+
+
+@pytest.mark.parametrize("psf", [Psf("disc", floor_px=0.0), Psf("disc"), Psf("gaussian", 0.25, 0.0), Psf("gaussian")])
+@pytest.mark.parametrize("coc", [0.0, 0.3, 1.0, 2.0, 5.0, 12.0, 25.0, 80.0])
+def test_kernels_keep_energy_positivity_and_second_moment(psf, coc):
+    reach = psf.reach_px(coc)
+    spectrum = render_module.Spectrum(4 * reach, 4 * reach, F64, torch.device("cpu"))
+    transfer = spectrum.transfer(torch.tensor([coc], dtype=F64), psf)
+    point = torch.zeros(2 * reach + 1, 2 * reach + 1, dtype=F64)
+    point[reach, reach] = 1
+    kernel = spectrum.inverse(transfer[0] * spectrum.forward(point), 2 * reach + 1, 2 * reach + 1)
+    assert kernel.sum() == pytest.approx(1, abs=1e-4)  # what lies beyond the reach
+    assert kernel.min() > -1e-9
+    offsets = torch.arange(-reach, reach + 1) ** 2
+    gain = 0.25 if psf.shape == "disc" else psf.gain
+    for axis in (0, 1):
+        variance = (kernel.sum(axis) * offsets).sum()
+        assert variance == pytest.approx((gain * coc) ** 2 + psf.floor_px**2, rel=5e-3, abs=1e-6)
+    if psf.shape == "disc" and psf.floor_px == 0 and 0 < coc < 80:
+        taps = render_reference.disc_taps(coc)
+        inner = reach - taps.shape[0] // 2
+        assert (kernel[inner : inner + taps.shape[0], inner : inner + taps.shape[0]] - taps).abs().sum() < 5e-3
