@@ -50,7 +50,7 @@ MIN_BLOCKS = 4  # textured blocks without which no residual is given
 MIN_BLOCK_CORRELATION = 0.6  # of a block with its match
 FLOOR_PX = 0.008  # level pixels; no pair is trusted further than this
 MIN_CORRELATION = 0.3  # of two aligned, smoothed frames, below which they show different things
-ESTIMABLE_STD_PX = 0.5  # working pixels at the corner; a pair known less well than this is not used
+ESTIMABLE_STD_PX = 0.3  # working pixels at the corner; a pair known less well than this is not used
 
 
 @dataclass(frozen=True)
@@ -547,10 +547,11 @@ def _join_pairs(
     log_scales: FloatArray | None,
     rotation: bool,
 ) -> _Motion:
-    """Every frame's motion relative to the reference, from all pairs at once: robust linear least squares, first for scale and rotation, then for shift.
+    """Every frame's motion relative to the reference, from all pairs at once.
 
-    ratio_b = ratio_ab ratio_a makes log(ratio) linear; then shift_b = ratio_ab shift_a + shift_ab is linear in the
-    shifts. A very weak wish for no motion between neighbours keeps frames that nothing determines in place.
+    Robust linear least squares, twice: ratio_b = ratio_ab ratio_a is linear in log(ratio), and once the ratios are
+    known shift_b = ratio_ab shift_a + shift_ab is linear in the shifts. A very weak wish for no motion between
+    neighbours keeps frames that nothing determines in place.
     """
     n_frames = len(order)
     half_diagonal = float(np.hypot(shape[0], shape[1])) / 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,11 +101,13 @@ def ours(frames: np.ndarray) -> np.ndarray:
     return align_stack(frames).matrices
 
 
-def _chained(frames: np.ndarray, pair: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
+def _chained(
+    frames: np.ndarray, pair: Callable[[np.ndarray, np.ndarray], np.ndarray], gamma: float = 2.2
+) -> np.ndarray:
     """Neighbour-to-neighbour (2, 3) matrices of `pair`, multiplied up from the middle frame."""
     middle = len(frames) // 2
     matrices = np.tile(np.eye(3), (len(frames), 1, 1))
-    grey = [cv2.cvtColor(np.float32(frame) ** np.float32(1 / 2.2), cv2.COLOR_RGB2GRAY) for frame in frames]
+    grey = [cv2.cvtColor(np.float32(frame) ** np.float32(1 / gamma), cv2.COLOR_RGB2GRAY) for frame in frames]
     for direction in (1, -1):
         i = middle
         while 0 <= i + direction < len(frames):
@@ -113,15 +116,15 @@ def _chained(frames: np.ndarray, pair: Callable[[np.ndarray, np.ndarray], np.nda
     return matrices[:, :2]
 
 
-def ecc(frames: np.ndarray) -> np.ndarray:
-    """cv2.findTransformECC, affine, sigma-2 smoothing, as focus-stacking programs use it."""
+def ecc(frames: np.ndarray, gamma: float = 2.2) -> np.ndarray:
+    """cv2.findTransformECC, affine, 13 px smoothing window, on stored values as focus-stacking programs use it."""
 
     def pair(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         criteria = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 100, 1e-6)
         start = np.eye(2, 3, dtype=np.float32)
         return cv2.findTransformECC(a, b, start, cv2.MOTION_AFFINE, criteria, None, 13)[1]
 
-    return _chained(frames, pair)
+    return _chained(frames, pair, gamma)
 
 
 def sift(frames: np.ndarray) -> np.ndarray:
@@ -181,7 +184,7 @@ def main(argv: list[str]) -> None:
     """Print both tables and write them to bench-results/alignment.json."""
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)  # CPU seconds compare only on one thread
-    methods = {"daif": ours, "ECC affine": ecc, "SIFT similarity": sift}
+    methods = {"daif": ours, "ECC affine": ecc, "ECC, linear light": partial(ecc, gamma=1.0), "SIFT similarity": sift}
     simulated = []
     print(f"{N_FRAMES} frames {WIDTH}x{HEIGHT}, chained: median rms px / worst corner px / CPU s")
     print(f"{'':22s}" + "".join(f"{name:>24s}" for name in methods))
