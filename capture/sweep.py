@@ -184,8 +184,8 @@ def run_sweep(
         SweepInterrupted: `stop` was requested; the stack is resumable.
         UsageError, LockedError, DataError, NoSpaceError: as in `StackWriter`.
     """
-    runner = _Runner(camera, sweep, path, lens, options or SweepOptions(), stop or StopRequest(), on_progress, prompt)
-    return runner.run(resume)
+    asked = StopRequest() if stop is None else stop
+    return _Runner(camera, sweep, path, lens, options or SweepOptions(), asked, on_progress, prompt).run(resume)
 
 
 def positions_for(
@@ -250,6 +250,7 @@ class _Runner:
         self.previews = False
         self.still_level = 0.0
         self.previous: FrameSummary | None = None
+        self.odd_shape: tuple[int, ...] | None = None  # of the last picture that did not fit the others
         self.first_level: float | None = None
         self.sharpness: dict[int, float] = {}
         self.unchanged: list[int] = []
@@ -275,9 +276,11 @@ class _Runner:
                     self.sweep = self._scout()
                     self.targets = positions_for(self.sweep, self._info, self.limits, self.lens)
                 self._tell(-1, "")
-                for index in self._order():
-                    self._stop_if_asked()
-                    self._take(index, cleanup)
+                try:
+                    self._take_all(cleanup)
+                except _OddFirstFrame:
+                    self._start_over()
+                    self._take_all(cleanup)
                 assert self.writer is not None
                 final = self.writer.finish()
             except CameraError as error:
@@ -288,6 +291,20 @@ class _Runner:
                 number = self.stop.signal_number or signal.SIGINT
                 raise SweepInterrupted(f"stopped at once; {self._outcome()}", number) from None
         return SweepResult(final, len(self.sweep), time.monotonic() - began, self.warnings)
+
+    def _take_all(self, cleanup: contextlib.ExitStack) -> None:
+        for index in self._order():
+            self._stop_if_asked()
+            self._take(index, cleanup)
+
+    def _start_over(self) -> None:
+        """The first frame, which set the size of the stack, was the damaged one: begin again without it."""
+        assert self.writer is not None
+        self.writer.discard()
+        self.writer, self.previous, self.first_level = None, None, None
+        self.sharpness.clear()
+        self._event("started_over", reason="the first frame had another size than those after it")
+        self._reopen_and_home(reopen=False)
 
     def _check_target(self) -> None:
         """Refuse before the camera moves what would be refused after the first picture."""
@@ -475,16 +492,18 @@ class _Runner:
         """Take and store frame `index`, with as many attempts as its errors allow."""
         busy = iter(BUSY_WAITS_S)
         retries = iter(RETRY_WAITS_S)
-        looked_again = False
+        looked_again, at_stop = False, None
         while True:
             try:
                 report, settle_s, frame = self._expose(index)
                 image = self._decode(frame)
                 summary = self._check(index, frame, image)
+                if at_stop is not None and looks_unchanged(at_stop, summary):
+                    raise _Stuck("the lens does not leave its stop", stage="check")
                 if self._is_unchanged(summary) and not looked_again:
                     looked_again = True
                     self._event("focus_unchanged", frame=index)
-                    self._reopen_and_home(reopen=False)
+                    at_stop = self._look_at_stop(index)
                     continue
                 self._store(index, report, settle_s, frame, image, summary, cleanup)
                 return
@@ -529,6 +548,20 @@ class _Runner:
                 if not gone or attempt == len(REOPEN_WAITS_S):
                     raise
 
+    def _look_at_stop(self, index: int) -> FrameSummary | None:
+        """Home a lens that seems not to move and see what its stop looks like; None where that tells nothing."""
+        self._reopen_and_home(reopen=False)
+        if self._info.capabilities.focus != "relative" or self._at_end(float(self.targets[index])):
+            return None
+        self._settle()
+        image = self._decode(self.camera.grab(self._grab_timeout_s()))
+        look = summarise(image.pixels, image.transfer, image.white_level)
+        old = self.previous is not None and is_duplicate(self.previous, look)  # a buffer delivered twice
+        return None if old else look
+
+    def _grab_timeout_s(self) -> float:
+        return self.options.grab_timeout_s + (self.options.exposure.exposure_time_s or 0.0)
+
     def _expose(self, index: int) -> tuple[FocusReport, float, Frame]:
         target = float(self.targets[index])
         if self._info.capabilities.focus == "manual":
@@ -538,7 +571,7 @@ class _Runner:
         else:
             report = self._approach(target)
         settle_s = self._settle()
-        frame = self.camera.grab(self.options.grab_timeout_s + (self.options.exposure.exposure_time_s or 0.0))
+        frame = self.camera.grab(self._grab_timeout_s())
         return report, settle_s, frame
 
     def _instruction(self, index: int) -> str:
@@ -577,6 +610,9 @@ class _Runner:
         if self.writer is not None:
             expected = (self.writer.height, self.writer.width, self.writer.channels)
             if image.pixels.shape != expected or image.pixels.dtype != self.writer.dtype:
+                if self.odd_shape == image.pixels.shape and len(self.sweep) - len(self.writer.pending) == 1:
+                    raise _OddFirstFrame("the first frame had another size", stage="check")
+                self.odd_shape = image.pixels.shape
                 raise CorruptFrame(
                     f"the picture is {image.pixels.shape} {image.pixels.dtype} and the others are {expected} "
                     f"{self.writer.dtype}",
@@ -714,7 +750,7 @@ class _Runner:
         """Reduced green channel of what the camera sees now, from live view where there is one."""
         if self.previews:
             return summarise(self.camera.preview(), "srgb", 255.0).green
-        image = self._decode(self.camera.grab(self.options.grab_timeout_s))
+        image = self._decode(self.camera.grab(self._grab_timeout_s()))
         return summarise(image.pixels, image.transfer, image.white_level).green
 
 
@@ -722,6 +758,10 @@ class _Stuck(FocusStuck):
     """Stuck for good: re-homing was tried for every one of the frames."""
 
     recovery = "stop"
+
+
+class _OddFirstFrame(CameraError):
+    """Two pictures agree with each other and not with the only frame stored so far."""
 
 
 def _metres(dioptre: float) -> float:
