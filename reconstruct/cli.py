@@ -12,6 +12,7 @@ import typer
 
 import calibration.cli
 import capture.cli
+import reconstruct.train_cli
 from capture.errors import DaifError, UsageError
 
 app = typer.Typer(
@@ -128,6 +129,7 @@ def demo_command(
 
 capture.cli.register(app)
 calibration.cli.register(app)
+reconstruct.train_cli.register(app)
 
 
 def main() -> None:

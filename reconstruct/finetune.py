@@ -98,8 +98,14 @@ class Lesson:
         frames, focus, kappa, valid = (x.to(device) for x in (stack.frames, stack.focus_dpt, stack.kappa, stack.valid))
         first = plane_sweep(frames, focus, kappa, valid=valid) if start is None else _predict(start, stack, device)
         wanted = refine(frames, focus, kappa, first, steps=refine_steps, valid=valid) if refine_steps else first
-        maps = {name: value.cpu() for name, value in wanted._asdict().items() if isinstance(value, Tensor)}
-        return cls(stack, wanted._replace(**maps), full, withheld)
+        wanted = Estimate(
+            wanted.inverse_depth_dpt.cpu(),
+            wanted.std_dpt.cpu(),
+            wanted.confidence.cpu(),
+            wanted.aif.cpu(),
+            metric=stack.metric,
+        )
+        return cls(stack, wanted, full, withheld)
 
 
 def withheld_frame(stack: CapturedStack) -> int:
@@ -353,9 +359,8 @@ def train_paper(
 ) -> Path:
     """Train `PaperNet` end to end on the stacks, as published; returns the weights file in `run`."""
     if not all(stack.metric for stack in stacks):
-        raise DataError(
-            "the paper preset needs focus distances in every stack; calibrate first or use the default preset"
-        )
+        unknown = ", ".join(stack.name for stack in stacks if not stack.metric)
+        raise DataError(f"the paper preset needs focus distances, unknown in {unknown}; use the default preset")
     torch.manual_seed(config.seed)
     task, net = PhotometricTask(stacks, config), PaperNet()
     net.load_state_dict(fit(net, task, config, run, device=device, resume=resume))

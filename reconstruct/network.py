@@ -15,15 +15,13 @@ Letters: B batch, S frames, D hypotheses, (H, W) pixels, (h, w) = (H/2, W/2).
 
 from __future__ import annotations
 
-import itertools
-from bisect import bisect_right
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LUMA = (0.2126, 0.7152, 0.0722)
+from reconstruct.plane_sweep import cost_volume, semi_global
 
 
 class NetworkOutput(NamedTuple):
@@ -66,64 +64,25 @@ def place_hypotheses(focus_dpt: Tensor, kappa: Tensor, count: int) -> Hypotheses
     return Hypotheses(dpt, kappa_ref * (high - low) / (count - 1))
 
 
-SCALE_SIGMA_PX = (0.0, 0.5, 0.75, 1.1, 1.6, 2.3, 3.3, 4.7, 6.7, 9.5)
-
-
-def _gaussian_taps(sigma_px: float, device: torch.device, dtype: torch.dtype) -> Tensor:
-    radius = max(1, round(3.0 * sigma_px))
-    x = torch.arange(-radius, radius + 1, device=device, dtype=dtype)
-    taps = torch.exp(-0.5 * (x / sigma_px) ** 2)
-    return taps / taps.sum()
-
-
-def _blur(image: Tensor, sigma_px: float) -> Tensor:
-    """`image` (N, 1, H, W) blurred by a separable Gaussian, edges replicated."""
-    taps = _gaussian_taps(sigma_px, image.device, image.dtype)
-    radius = taps.numel() // 2
-    image = F.pad(image, (radius, radius, radius, radius), mode="replicate")
-    return F.conv2d(F.conv2d(image, taps.view(1, 1, 1, -1)), taps.view(1, 1, -1, 1))
-
-
-def scale_space(luma: Tensor) -> Tensor:
-    """Every frame at every blur of `SCALE_SIGMA_PX`: (N, H, W) -> (L, N, H, W), each level from the one before."""
-    levels = [luma]
-    for before, after in itertools.pairwise(SCALE_SIGMA_PX):
-        levels.append(_blur(levels[-1][:, None], (after**2 - before**2) ** 0.5)[:, 0])
-    return torch.stack(levels)
-
-
-def relative_blur_residual(luma: Tensor, coc_px: Tensor, ranks: int) -> Tensor:
-    """How badly the sharpest frame, blurred further, explains the next sharpest ones; (D, ranks, h, w).
-
-    For a hypothesis q the frame with the smallest |c| is blurred by sqrt(sigma_s^2 - sigma_0^2), sigma = |c| / 4
-    (the Gaussian with the second moment of a disc), and compared with the frames of rank 1..`ranks`; the absolute
-    difference is averaged over 2 x 2 pixels. With fewer frames the last rank is repeated.
-
-    Args:
-        luma: one stack, (S, H, W), even H and W.
-        coc_px: signed CoC diameter of each hypothesis in each frame, (D, S).
-    """
-    frames = luma.shape[0]
-    levels = scale_space(luma)
-    variances = [sigma**2 for sigma in SCALE_SIGMA_PX]
-    magnitude, order = coc_px.abs().cpu().sort(dim=1)
-    residuals: list[Tensor] = []
-    for sizes, who in zip((magnitude / 4.0).tolist(), order.tolist(), strict=True):
-        for rank in range(1, ranks + 1):
-            if rank >= frames:
-                residuals.append(residuals[-1])
-                continue
-            variance = min(sizes[rank] ** 2 - sizes[0] ** 2, variances[-1] - 1e-3)
-            level = bisect_right(variances, variance) - 1
-            weight = (variance - variances[level]) / (variances[level + 1] - variances[level])
-            predicted = torch.lerp(levels[level, who[0]], levels[level + 1, who[0]], weight)
-            residuals.append(_mean_2x2(predicted.sub_(luma[who[rank]]).abs_()))
-    return torch.stack(residuals).unflatten(0, (coc_px.shape[0], ranks))
-
-
-def _mean_2x2(x: Tensor) -> Tensor:
+def mean_2x2(x: Tensor) -> Tensor:
+    """(..., H, W) to (..., H/2, W/2)."""
     rows = x[..., ::2, :] + x[..., 1::2, :]  # several times faster on a CPU than avg_pool2d
     return (rows[..., ::2] + rows[..., 1::2]).mul_(0.25)
+
+
+def sweep_evidence(
+    scaled: Tensor, focus_dpt: Tensor, kappa: Tensor, hypotheses_dpt: Tensor, valid: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What the plane sweep knows: cost of each hypothesis and the same after semi-global smoothing, (B, D, h, w) each.
+
+    `scaled` are frames (B, S, 3, H, W) whose mean is 1. The settings are fixed here, apart from the sweep's own
+    defaults, because trained weights depend on them.
+    """
+    full = cost_volume(scaled, focus_dpt, kappa, hypotheses_dpt, valid=valid, psf="disc", window_px=5)
+    cost = mean_2x2(full)
+    guide = mean_2x2((0.25 * scaled.mean(2)).median(1).values.sqrt())
+    smooth = [semi_global(c, g, small_step=0.2, jump=3.0, edge=8.0) for c, g in zip(cost, guide, strict=True)]
+    return cost, torch.stack(smooth)
 
 
 # ------------------------------------------------------------------------------------------------- default net
@@ -146,21 +105,20 @@ class Block(nn.Module):
 class DefaultNet(nn.Module):
     """The `default` preset: an optics-aware focus volume, a U-Net over it, a distribution over dioptres.
 
-    1. *Residuals*: per hypothesis, how badly the sharpest frame re-blurred explains the next sharpest
-       (`relative_blur_residual`, no weights).
+    1. *Evidence*: the plane sweep's cost of each hypothesis, and the same smoothed semi-globally (no weights).
     2. *Features*: a shared encoder sees each frame; per hypothesis the frames are averaged with weights that are a
        learned function of the signed CoC c alone. Any S, any order.
-    3. Both become two numbers per hypothesis and pixel; a U-Net at half resolution smooths them in context.
-    4. The answer is a *bounded residual* on the plain cost volume: softmax over hypotheses, its mean and spread.
-       A softmax cannot die, whatever the weights.
+    3. A U-Net at half resolution reads both in context.
+    4. The answer is a *bounded residual* on the smoothed cost: softmax over hypotheses, its mean and spread. A
+       softmax cannot die, and before any training it already is the plane sweep's answer.
     5. Convex upsampling to full size; the all-in-focus image is a weighting of the frames, by their blur at that
        depth, plus a bounded residual.
     """
 
     HYPOTHESES = 32
-    RANKS = 3
     FEATURES, HEADS = 8, 4
-    BOUND = 12.0  # largest change of a log-weight by the U-Net
+    SATURATION = 2.0  # of the smoothed cost
+    BOUND = 12.0  # largest change of a log-weight by the U-Net: more than half of temperature x saturation
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
@@ -169,13 +127,13 @@ class DefaultNet(nn.Module):
             nn.Conv2d(3, 16, 5, 2, 2), nn.LeakyReLU(0.1), nn.Conv2d(16, self.FEATURES, 3, 1, 1), nn.LeakyReLU(0.1)
         )
         self.profile = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, self.HEADS))
-        self.mix = nn.Conv2d(self.HYPOTHESES * (self.RANKS + self.HEADS), 64, 1)
+        self.mix = nn.Conv2d(self.HYPOTHESES * (2 + self.HEADS), 64, 1)
         self.place = nn.Linear(self.HYPOTHESES * 3, 64)
-        self.stem = Block(64 + 2 * self.FEATURES + self.RANKS, w1)
+        self.stem = Block(64 + 2 * self.FEATURES + 2, w1)
         self.down2, self.down3, self.down4 = Block(w1, w2, 2), Block(w2, w3, 2), Block(w3, w4, 2)
         self.up3, self.up2, self.up1 = Block(w4 + w3, w3), Block(w3 + w2, w2), Block(w2 + w1, w1)
         self.logit = nn.Conv2d(w1, self.HYPOTHESES, 3, 1, 1)
-        self.temperature = nn.Parameter(torch.tensor(2.0))
+        self.temperature = nn.Parameter(torch.tensor(8.0))  # a clear minimum of the cost is a clear answer
         self.sharp = nn.Conv2d(self.FEATURES, 1, 1)
         self.sharp_gain = nn.Parameter(torch.tensor(0.5))
         self.guide = nn.Conv2d(w1 + 12, 32, 3, 1, 1)
@@ -210,17 +168,12 @@ class DefaultNet(nn.Module):
             gain = frames.mean((1, 2, 3, 4)) if brightness is None else brightness.expand(size_b)
             gain = gain.clamp_min(1e-4)[:, None, None, None, None]
             scaled = frames / gain
-            luma = scaled[:, :, 0] * LUMA[0] + scaled[:, :, 1] * LUMA[1] + scaled[:, :, 2] * LUMA[2]
-            residual = torch.stack(
-                [relative_blur_residual(x, c, self.RANKS) for x, c in zip(luma, coc_px, strict=True)]
-            )  # (B, D, ranks, h, w)
-            average = residual.mean(1, keepdim=True)
-            floor = 0.01
-            ratio = residual / (average + floor)
-            base = F.avg_pool2d(ratio.mean(2), 5, 1, 2, count_include_pad=False)  # (B, D, h, w)
-            mean_luma = luma.mean(1, keepdim=True)
+            cost, smooth = sweep_evidence(scaled, focus_dpt, kappa, hypotheses.dpt, valid)
+            least, typical = cost.amin(1, keepdim=True), cost.mean(1, keepdim=True)
+            smooth = smooth - smooth.amin(1, keepdim=True)
+            base = -smooth / (1.0 + smooth / self.SATURATION)  # (B, D, h, w): a hypothesis is never ruled out
+            mean_luma = scaled.mean((1, 2))[:, None]
             local = F.avg_pool2d(mean_luma, 9, 1, 4, count_include_pad=False) + 0.05
-            contrast = torch.log(average[:, 0] / F.avg_pool2d(local, 2).sqrt() + 0.003) / 2 + 1.5  # (B, ranks, h, w)
 
         # local contrast, normalised alike in all frames of a stack
         seen = (scaled / local[:, :, None] - 1.0).flatten(0, 1)
@@ -229,9 +182,9 @@ class DefaultNet(nn.Module):
         pooled = _pool_frames(weights, features[:, :, : self.HEADS])  # (B, D, heads, h, w)
 
         where = self.place(self._hypothesis_features(coc_px, hypotheses.step_px).flatten(1))[..., None, None]
-        volume = torch.cat([(ratio - 1.0).flatten(1, 2), pooled.flatten(1, 2)], 1)
+        volume = torch.cat([(cost - least).clamp_max(4.0) / 2, base, pooled.flatten(1, 2)], 1)
         mixed = F.leaky_relu(self.mix(volume) + where, 0.1)
-        x1 = self.stem(torch.cat([mixed, features.mean(1), features.amax(1), contrast], 1))
+        x1 = self.stem(torch.cat([mixed, features.mean(1), features.amax(1), least - 0.7, typical - 1.5], 1))
         x2 = self.down2(x1)
         x3 = self.down3(x2)
         x = self.down4(x3)
@@ -239,7 +192,7 @@ class DefaultNet(nn.Module):
         x = self.up2(torch.cat([_twice(x), x2], 1))
         x = self.up1(torch.cat([_twice(x), x1], 1))
 
-        logits = -F.softplus(self.temperature) * base + self.BOUND * torch.tanh(self.logit(x) / self.BOUND)
+        logits = F.softplus(self.temperature) * base + self.BOUND * torch.tanh(self.logit(x) / self.BOUND)
         probability = logits.softmax(1)
         mean = (probability * hypotheses.dpt[:, :, None, None]).sum(1, keepdim=True)  # (B, 1, h, w)
         variance = (probability * (hypotheses.dpt[:, :, None, None] - mean) ** 2).sum(1, keepdim=True)

@@ -36,19 +36,20 @@ class TrainConfig(BaseModel):
 
     preset: Literal["default", "paper"] = "default"
     seed: int = 1
-    steps: int = Field(1000, ge=1)
+    steps: int = Field(1300, ge=1)
     batch: int = Field(6, ge=1)
     crop_px: int = Field(128, ge=32, multiple_of=16)
     scenes: int = Field(675, ge=1, description="simulated scenes in the pool")
     first_scenes: int = Field(300, ge=1, description="scenes used by the first step; one more with every 16 stacks")
+    held_out_scenes: int = Field(24, ge=1, description="simulated scenes for validation only")
     scene_px: int = Field(144, ge=32)
-    learning_rate: float = Field(2e-3, gt=0)
+    learning_rate: float = Field(1.5e-3, gt=0)
     warmup_steps: int = Field(50, ge=0)
     weight_decay: float = Field(1e-4, ge=0)
     gradient_clip: float = Field(1.0, gt=0)
     ema_decay: float = Field(0.99, ge=0, lt=1)
     gradient_weight: float = Field(0.5, ge=0)
-    distribution_weight: float = Field(0.15, ge=0)
+    distribution_weight: float = Field(0.5, ge=0)
     spread_weight: float = Field(0.05, ge=0)
     aif_weight: float = Field(2.0, ge=0)
     checkpoint_seconds: float = Field(150.0, gt=0)
@@ -56,7 +57,7 @@ class TrainConfig(BaseModel):
     patience: int = Field(0, ge=0, description="stop after so many checks without progress; 0 never")
     keep_states: int = Field(2, ge=1)
     checkpoint_every: int = Field(500, ge=1, description="steps")
-    validate_every: int = Field(250, ge=1)
+    validate_every: int = Field(150, ge=1)
     log_every: int = Field(20, ge=1)
 
 
@@ -148,7 +149,7 @@ class Task(Protocol):
 
 @dataclass
 class SimulatedTask:
-    """Supervised by simulated truth: scenes of a `ScenePool`, and 24 others held out for validation."""
+    """Supervised by simulated truth: scenes of a `ScenePool`, and others held out for validation."""
 
     config: TrainConfig
     pool: Path
@@ -159,7 +160,7 @@ class SimulatedTask:
         scenes = ScenePool(self.pool, config.seed, config.scene_px)
         self.data = SimulatedBatches(scenes, config.scenes, config.first_scenes, config.batch, config.crop_px)
         others = ScenePool(self.pool, config.seed + 1000, config.scene_px)
-        held_out = SimulatedBatches(others, 24, 24, 6, config.crop_px)
+        held_out = SimulatedBatches(others, config.held_out_scenes, config.held_out_scenes, 6, config.crop_px)
         self.held_out = [held_out.batch(i) for i in range(4)]
 
     def batch(self, step: int, rank: int) -> StackBatch:
@@ -399,7 +400,7 @@ def _bf16(device: torch.device) -> bool:
 
 
 def _check_finite(terms: Any, step: int, run: Path) -> None:
-    wrong = [f"{name} = {float(term)}" for name, term in terms._asdict().items() if not torch.isfinite(term)]
+    wrong = [f"{name} = {float(term.detach())}" for name, term in terms._asdict().items() if not torch.isfinite(term)]
     if wrong:
         raise DataError(f"step {step}: the loss is not finite ({', '.join(wrong)}); the last good state is in {run}")
 

@@ -9,7 +9,7 @@ from scipy.ndimage import gaussian_filter
 
 from reconstruct.checkpoint import DEFAULT_WEIGHTS
 from reconstruct.device import pick_device
-from reconstruct.network import DefaultNet, PaperNet, build, place_hypotheses, relative_blur_residual
+from reconstruct.network import DefaultNet, PaperNet, build, place_hypotheses
 from reconstruct.predict import load_network, predict, wrap
 
 
@@ -87,18 +87,6 @@ def test_brightness_does_not_matter():
         one, two = net(frames, focus, kappa), net(0.2 * frames, focus, kappa)
     assert torch.allclose(one.inverse_depth_dpt, two.inverse_depth_dpt, atol=1e-3)
     assert torch.allclose(0.2 * one.aif, two.aif, atol=1e-3)
-
-
-def test_residual_is_least_at_the_true_depth():
-    rng = np.random.default_rng(0)
-    scene = gaussian_filter(rng.random((64, 64)), 0.7)
-    focus, kappa, truth = np.linspace(0.4, 1.6, 5), 12.0, 0.85
-    luma = np.stack([gaussian_filter(scene, abs(kappa * (q - truth)) / 4, mode="nearest") for q in focus])
-    hypotheses = np.linspace(0.4, 1.6, 25)
-    coc_px = torch.tensor(kappa * (focus[None] - hypotheses[:, None]), dtype=torch.float32)
-    residual = relative_blur_residual(torch.tensor(luma, dtype=torch.float32), coc_px, 3)
-    found = hypotheses[int(residual[:, :, 8:-8, 8:-8].mean((1, 2, 3)).argmin())]
-    assert found == pytest.approx(truth, abs=0.051)
 
 
 def test_untrained_default_is_no_constant():

@@ -1,0 +1,354 @@
+"""The training loop: learns, resumes to the bit, stops on nonsense; fine-tuning keeps only what is better."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from capture.errors import DataError, UsageError
+from capture.lens import Lens
+from capture.stack import write_stack
+from reconstruct.checkpoint import latest_state, load_state, load_weights, save_weights
+from reconstruct.cli import app
+from reconstruct.dataset import ScenePool, StackBatch, load_captured
+from reconstruct.finetune import FINETUNE, PhotometricTask, adapt, train_paper, withheld_frame
+from reconstruct.network import DefaultNet, NetworkOutput, build
+from reconstruct.predict import wrap
+from reconstruct.train import (
+    SimulatedTask,
+    TrainConfig,
+    fit,
+    learning_rate,
+    pretrain,
+    step_memory_bytes,
+    supervised_terms,
+)
+
+CPU = torch.device("cpu")
+TINY = TrainConfig(
+    steps=6,
+    batch=2,
+    crop_px=32,
+    scene_px=48,
+    scenes=2,
+    first_scenes=2,
+    held_out_scenes=2,
+    warmup_steps=1,
+    validate_every=3,
+    seed=5,
+)
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory):
+    return tmp_path_factory.mktemp("pool")
+
+
+class ToyTask:
+    """Two fixed batches with truth; fast, and the same at every call."""
+
+    teacher = "a test"
+
+    def __init__(self, poison_at=-1):
+        generator = torch.Generator().manual_seed(3)
+        frames = torch.rand(2, 3, 3, 32, 32, generator=generator)
+        focus = torch.tensor([[0.5, 1.0, 1.5]]).expand(2, -1)
+        truth = torch.full((2, 1, 32, 32), 0.8)
+        self.data = StackBatch(frames, focus, torch.full((2, 3), 8.0), truth, frames.mean(1))
+        self.poison_at = poison_at
+
+    def batch(self, step, rank):
+        if step == self.poison_at:
+            return StackBatch(self.data.frames * torch.nan, *list(vars(self.data).values())[1:])
+        return self.data
+
+    def terms(self, output, batch):
+        return supervised_terms(output, batch, TINY)
+
+    def validate(self, net):
+        with torch.inference_mode():
+            output = net(self.data.frames, self.data.focus_dpt, self.data.kappa)
+        return {"mae": float((output.inverse_depth_dpt - self.data.inverse_depth_dpt).abs().mean())}
+
+    def pictures(self, net):
+        return {}
+
+
+def new_net():
+    torch.manual_seed(1)
+    return DefaultNet()
+
+
+def test_overfits_one_batch(tmp_path):
+    net, task = new_net(), ToyTask()
+    before = task.validate(net)["mae"]
+    net.load_state_dict(
+        fit(
+            net,
+            task,
+            TINY.model_copy(update={"steps": 15, "learning_rate": 3e-3, "ema_decay": 0.0}),
+            tmp_path,
+            device=CPU,
+        )
+    )
+    assert task.validate(net)["mae"] < 0.5 * before
+
+
+def test_resumed_run_is_bit_equal(tmp_path):
+    config = TINY.model_copy(update={"checkpoint_every": 1})
+    whole = fit(new_net(), ToyTask(), config, tmp_path / "whole", device=CPU)
+    with pytest.raises(DataError):
+        fit(new_net(), ToyTask(poison_at=3), config, tmp_path / "cut", device=CPU)  # dies in the fourth step
+    resumed = fit(new_net(), ToyTask(), config, tmp_path / "cut", device=CPU, resume=True)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path):
+    config = TINY.model_copy(update={"checkpoint_every": 1})
+    with pytest.raises(DataError, match=r"step 2: the loss is not finite \(depth = nan"):
+        fit(new_net(), ToyTask(poison_at=2), config, tmp_path, device=CPU)
+    state = latest_state(tmp_path)
+    assert state is not None
+    parts, about = load_state(state)
+    assert about["step"] == 2
+    assert all(torch.isfinite(tensor).all() for tensor in parts["model"].values())
+
+
+def test_run_is_not_overwritten(tmp_path):
+    fit(new_net(), ToyTask(), TINY, tmp_path, device=CPU)
+    with pytest.raises(UsageError, match="--resume"):
+        fit(new_net(), ToyTask(), TINY, tmp_path, device=CPU)
+
+
+def test_resume_with_another_config_is_refused(tmp_path):
+    fit(new_net(), ToyTask(), TINY, tmp_path, device=CPU)
+    with pytest.raises(DataError, match=r"trained with learning_rate = 0\.0015, now 0\.1"):
+        fit(new_net(), ToyTask(), TINY.model_copy(update={"learning_rate": 0.1}), tmp_path, device=CPU, resume=True)
+
+
+def test_best_state_wins_and_patience_ends_the_run(tmp_path):
+    class Rising(ToyTask):
+        calls = 0
+
+        def validate(self, net):
+            self.calls += 1
+            return {"score": float(self.calls)}
+
+    task = Rising()
+    config = TINY.model_copy(update={"steps": 20, "validate_every": 1, "keep": "best", "patience": 3, "ema_decay": 0.0})
+    best = fit(new_net(), task, config, tmp_path, device=CPU)
+    assert task.calls == 4
+    first = fit(new_net(), ToyTask(), config.model_copy(update={"steps": 1}), tmp_path / "one", device=CPU)
+    changed = [name for name in best if not torch.allclose(best[name], first[name], atol=1e-2)]
+    assert not changed
+
+
+def test_learning_rate_warms_up_and_falls():
+    config = TrainConfig(steps=100, warmup_steps=10, learning_rate=1.0)
+    rates = [learning_rate(config, step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == pytest.approx(1.0)
+    assert rates[-1] < 0.02
+
+
+def test_exact_answer_costs_next_to_nothing():
+    batch = ToyTask().data
+    net = new_net()
+    output = net(batch.frames, batch.focus_dpt, batch.kappa)
+    exact = NetworkOutput(batch.inverse_depth_dpt, output.std_dpt, batch.aif, output.logits)
+    terms = supervised_terms(exact, batch, TINY)
+    assert terms.depth < 1e-6
+    assert terms.gradient < 1e-6
+    assert terms.aif < 1e-6
+
+
+def test_depth_loss_counts_blur_not_dioptres():
+    """The same blur through a lens with ten times the gain and a tenth of the dioptres costs the same."""
+    batch = ToyTask().data
+    output = new_net()(batch.frames, batch.focus_dpt, batch.kappa)
+    scaled = StackBatch(batch.frames, batch.focus_dpt / 10, batch.kappa * 10, batch.inverse_depth_dpt / 10, batch.aif)
+    tenth = output._replace(inverse_depth_dpt=output.inverse_depth_dpt / 10, std_dpt=output.std_dpt / 10)
+    for one, two in zip(supervised_terms(output, batch, TINY), supervised_terms(tenth, scaled, TINY), strict=True):
+        assert float(one) == pytest.approx(float(two), rel=1e-3, abs=1e-6)
+
+
+def test_pretraining_writes_weights_that_say_what_taught_them(tmp_path, pool):
+    path = pretrain(TINY.model_copy(update={"steps": 2}), tmp_path / "run", pool, device=CPU)
+    _, about = load_weights(path, "default")
+    assert "simulated truth" in about["teacher"]
+    assert set(about["validation"]) >= {"mae_px", "median_px"}
+
+
+def test_validation_scenes_are_not_training_scenes(pool):
+    task = SimulatedTask(TINY, pool)
+    assert task.data.pool.folder != ScenePool(pool, TINY.seed + 1000, TINY.scene_px).folder
+
+
+@pytest.mark.slow
+def test_sigkill_and_resume_is_bit_equal(tmp_path, pool):
+    """Killed at ten random moments, resumed each time: the same weights as a run left alone."""
+    script = textwrap.dedent(
+        f"""
+        import sys, torch
+        from pathlib import Path
+        from reconstruct.train import TrainConfig, pretrain
+        torch.set_num_threads(1)
+        config = TrainConfig(**{TINY.model_dump() | {"steps": 60, "checkpoint_every": 2}!r})
+        pretrain(config, Path(sys.argv[1]), Path({str(pool)!r}), device=torch.device("cpu"), resume=True)
+        """
+    )
+    command = [sys.executable, "-c", script]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, stderr=subprocess.DEVNULL)
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        process = subprocess.Popen([*command, str(tmp_path / "cut")], stderr=subprocess.DEVNULL)
+        time.sleep(float(rng.uniform(4, 12)))
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run([*command, str(tmp_path / "cut")], check=True, stderr=subprocess.DEVNULL)
+    one, _ = load_weights(tmp_path / "whole" / "weights.safetensors")
+    two, _ = load_weights(tmp_path / "cut" / "weights.safetensors")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.slow
+def test_two_processes_agree_with_each_other(tmp_path, pool):
+    script = tmp_path / "ddp.py"
+    script.write_text(
+        textwrap.dedent(
+            f"""
+            import sys, torch
+            from pathlib import Path
+            from reconstruct.train import TrainConfig, pretrain
+            torch.set_num_threads(1)
+            config = TrainConfig(**{TINY.model_dump()!r})
+            pretrain(config, Path(sys.argv[1]), Path({str(pool)!r}), device=torch.device("cpu"))
+            """
+        )
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    subprocess.run([*launch, str(tmp_path / "run")], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    tensors, _ = load_weights(tmp_path / "run" / "weights.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
+
+
+# --------------------------------------------------------------------------------------------------- captured stacks
+
+
+@pytest.fixture(scope="module")
+def stack_file(tmp_path_factory, pool):
+    scene = ScenePool(pool, 5, 64)[0]
+    frames = np.square(scene.frames[::3].astype(np.float32) / 65535)
+    lens = Lens(focal_length_m=0.05, f_number=2.0, pixel_pitch_m=1e-4)
+    path = tmp_path_factory.mktemp("stacks") / "scene.h5"
+    write_stack(path, frames, focus_distance_m=1 / scene.focus_dpt[::3], lens=lens, transfer="linear")
+    return path
+
+
+QUICK = FINETUNE.model_copy(update={"steps": 4, "batch": 2, "crop_px": 32, "validate_every": 2})
+
+
+def test_withheld_frame_is_in_the_middle(stack_file):
+    stack = load_captured(stack_file)
+    place = stack.focus_dpt.sort().values.tolist().index(float(stack.focus_dpt[withheld_frame(stack)]))
+    assert 0 < place < len(stack.frames) - 1
+    assert withheld_frame(stack.without(0).without(0).without(0)) == -1
+
+
+def test_adaptation_that_does_not_help_is_not_kept(tmp_path, stack_file):
+    config = QUICK.model_copy(update={"learning_rate": 1.0, "keep": "last", "ema_decay": 0.0})  # wrecks the network
+    start = wrap(new_net().eval(), {}, "start")
+    result = adapt([load_captured(stack_file)], start, tmp_path, config, device=CPU, refine_steps=0)
+    assert result.weights is None
+    assert not (tmp_path / "weights.safetensors").exists()
+    assert "scene" in result.table()
+
+
+def test_network_from_nothing_is_written_with_its_teacher(tmp_path, stack_file):
+    result = adapt([load_captured(stack_file)], None, tmp_path, QUICK, device=CPU, refine_steps=2)
+    assert result.weights is not None
+    _, about = load_weights(result.weights, "default")
+    assert "no ground truth" in about["teacher"]
+    assert about["started_from"] == "nothing"
+
+
+def test_two_frames_cannot_be_judged(tmp_path, stack_file):
+    stack = load_captured(stack_file)
+    while len(stack.frames) > 2:
+        stack = stack.without(1)
+    with pytest.raises(DataError, match="two frames only"):
+        adapt([stack], None, tmp_path, QUICK, device=CPU, refine_steps=0)
+
+
+def test_paper_training_runs_on_the_published_terms(tmp_path, stack_file):
+    stack = load_captured(stack_file)
+    config = QUICK.model_copy(update={"preset": "paper", "steps": 2})
+    path = train_paper([stack], tmp_path, config, device=CPU)
+    _, about = load_weights(path, "paper")
+    assert 0 <= about["validation"]["dead_depth"] <= 1
+    task = PhotometricTask([stack], config)
+    batch = task.batch(0, 0)
+    terms = task.terms(build("paper")(batch.frames, batch.focus_dpt, batch.kappa), batch)
+    assert not terms.coarse_sharpness.requires_grad
+    assert terms.reconstruction.requires_grad
+
+
+def test_paper_needs_focus_distances(tmp_path, stack_file):
+    stack = load_captured(stack_file)
+    stack = type(stack)(**(vars(stack) | {"metric": False}))
+    with pytest.raises(DataError, match="unknown in scene"):
+        train_paper([stack], tmp_path, QUICK, device=CPU)
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["train", *map(str, arguments)])
+
+
+def test_dry_run_prints_the_plan(tmp_path, stack_file):
+    result = run(stack_file, "-o", tmp_path / "run", "--dry-run", "--device", "cpu")
+    assert result.exit_code == 0
+    assert "150 of 4 crops of 128 px" in result.stdout
+    assert "GiB" in result.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_memory_grows_with_the_batch():
+    small, large = (step_memory_bytes(TINY.model_copy(update={"batch": n})) for n in (1, 8))
+    assert large > 1.5 * small
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "name the stacks"),
+        (["--recipe", "nonsense"], "known recipes: default"),
+        (["x.h5", "--recipe", "default"], "leave the captured ones out"),
+        (["x.h5", "--preset", "odd"], "default or paper"),
+        (["x.h5", "--device", "cuda"], "no CUDA device"),
+        (["x.h5", "--init", "missing.safetensors"], "missing"),
+    ],
+)
+def test_bad_usage_is_one_sentence(tmp_path, arguments, says, stack_file):
+    arguments = [str(stack_file) if a == "x.h5" else a for a in arguments]
+    result = run(*arguments, "-o", tmp_path / "run")
+    assert result.exit_code != 0
+    assert says in str(result.exception)
+    assert "\n" not in str(result.exception)
+
+
+def test_weights_of_the_paper_cannot_start_the_default(tmp_path, stack_file):
+    save_weights(tmp_path / "p.safetensors", build("paper").state_dict(), {"preset": "paper"})
+    result = run(stack_file, "-o", tmp_path / "run", "--init", tmp_path / "p.safetensors")
+    assert "expected 'default'" in str(result.exception)
