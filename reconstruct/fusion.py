@@ -44,11 +44,11 @@ def fuse(
         inverse_depth_dpt, std_dpt: depth and its standard error, (H, W).
         valid: pixels that hold data, (S, H, W); None when all finite ones do.
     """
-    mask = torch.isfinite(frames).all(1)
-    mask = mask if valid is None else mask & valid
+    mask = usable_mask(torch.isfinite(frames).all(1), valid)
     seen = mask.sum(0)
     filled = torch.where(mask[:, None], frames, 0.0)
-    common = filled.sum(0) / seen.clamp_min(1)
+    average = filled.sum((0, 2, 3)) / seen.sum().clamp_min(1)
+    common = torch.where(seen > 0, filled.sum(0) / seen.clamp_min(1), average[:, None, None])
     frames = torch.where(mask[:, None], frames, common)
     gain, focus = kappa[:, None, None], focus_dpt[:, None, None]
     coc = torch.hypot(gain * (focus - inverse_depth_dpt), DEPTH_CAUTION * gain * std_dpt)
@@ -75,6 +75,17 @@ def fuse(
     weight = usable / (coarse_noise + (MODEL_ERROR * coc).square() * signal)
     aif += _weighted_sum(weight, coarse) / weight.sum(0)
     return aif.clamp_min(0.0)
+
+
+def usable_mask(finite: Tensor, valid: Tensor | None) -> Tensor:
+    """Which pixels of each frame to use, (S, H, W): `valid` ones, and all `finite` ones where no frame is valid.
+
+    Beyond the common field of view alignment repeats the frames' edges: poor, but nearer the truth than black.
+    """
+    if valid is None:
+        return finite
+    mask = finite & valid
+    return torch.where(mask.any(0), mask, finite)
 
 
 def band_contrast(coc_px: Tensor, frequency: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Box and Gaussian means on any device; cv2 on the CPU, where it is about ten times as fast as torch's convolutions."""
+"""Box and Gaussian means on any device; cv2 on the CPU, several times as fast there (notes/performance.md 1.2)."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def score(stack: FoundationStack) -> dict[str, Scores]:
     middle = np.full(truth.shape, np.nanmedian(1 / truth), np.float32)
     scores["constant"] = metrics.depth_errors(middle, truth, kappa)
     start = time.process_time()
-    found = plane_sweep(*tensors(stack))
+    found = plane_sweep(*tensors(stack), valid=torch.tensor(stack.valid))
     seconds = time.process_time() - start
     answer = Scored(
         found.inverse_depth_dpt.numpy(), found.std_dpt.numpy(), found.confidence.numpy(), np.asarray(stack.kappa)
@@ -98,10 +98,9 @@ def score(stack: FoundationStack) -> dict[str, Scores]:
 
 
 def tensors(stack: FoundationStack) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """frames (S, 3, H, W) with NaN where alignment left no data, focus and kappa (S,)."""
-    frames = torch.from_numpy(np.where(stack.valid[..., None], stack.frames, np.nan)).permute(0, 3, 1, 2)
+    """frames (S, 3, H, W), focus and kappa (S,)."""
     return (
-        frames.contiguous(),
+        torch.from_numpy(stack.frames).permute(0, 3, 1, 2).contiguous(),
         torch.as_tensor(stack.focus_dpt, dtype=torch.float32),
         torch.as_tensor(stack.kappa, dtype=torch.float32),
     )

@@ -100,6 +100,16 @@ def test_pixels_without_data_change_only_their_surroundings(sweep):
     assert error_px(found, scene, kappa)[20:, 24:].median() < 0.35
 
 
+def test_border_that_no_frame_sees_is_not_black(sweep):
+    frames, focus, kappa, scene = sweep
+    valid = torch.ones(frames.shape[0], *frames.shape[2:], dtype=torch.bool)
+    valid[:, :, :3] = False
+    kept = plane_sweep(frames, focus, kappa, valid=valid).aif[:, :, :3]
+    lost = plane_sweep(torch.where(valid[:, None], frames, torch.nan), focus, kappa).aif[:, :, :3]
+    for border in (kept, lost):
+        assert border.mean() == pytest.approx(float(scene.aif[:, :3].mean()), rel=0.2)
+
+
 def test_exposure_drift_is_evened_out(sweep):
     frames, focus, kappa, scene = sweep
     drift = torch.tensor([1.0, 1.04, 0.97, 1.02, 0.96])
