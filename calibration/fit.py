@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,7 @@ FLOOR_SHAPE_PX2 = 0.3  # error of c^2 there when the bank already has a floor of
 OUTLIER_SIGMAS = 5.0
 MIN_DEPTH_SHARE = 0.05  # of the sweep's dioptre range, between the nearest and the farthest patch
 TAU_ROUNDS = 5
+WIDE_TAU_RATIO = 0.1  # of the dioptre range: prior of a frame's focus error before the motor is known
 TAU_FLOOR = 1e-4  # of the dioptre range: no motor is believed to be better
 FLOOR_TO_SIGMA = 1 / 3.6  # disc-fit diameter of a Gaussian floor (notes 4.4: c0 = 3.6 sigma)
 
@@ -120,7 +121,7 @@ def fit_blur(seen: Observations) -> Fit:
     cut = min(SMALL_BLUR_PX, float(predicted.max()) / 3)
     # sharp patches stay in as the floor's anchor, with the uncertainty of its shape
     blunt = np.where(predicted < cut, FLOOR_SHAPE_PX2 + 0.5 * abs(first.floor2_px2), 0.0)
-    second = _fit_hierarchical(seen, first, degree, extra_std_px2=blunt)
+    second = _fit_hierarchical(seen, first, degree, extra_std_px2=blunt, diagnose=True)
     gap = abs(second.pupil_m - first.pupil_m) / max(float(np.hypot(first.pupil_std_m, second.pupil_std_m)), 1e-12)
     if gap > 3.0 and abs(second.pupil_m / first.pupil_m - 1.0) > 0.1:
         raise CalibrationError(
@@ -185,16 +186,14 @@ def _linear_start(seen: Observations) -> _Start:
 
 
 def _choose_degree(seen: Observations, start: _Start) -> int:
-    """Polynomial degree of the focus law by BIC over the (sweep, frame) focus errors that it leaves."""
+    """Polynomial degree of the focus law by BIC over the scatter of frames that it leaves."""
     best, best_score = 1, np.inf
     index, groups = _groups(seen)
     n_positions = len(np.unique(seen.position))
     for degree in range(1, min(MAX_DEGREE, n_positions - 2) + 1):
-        fit = _solve(seen, _with_degree(start, degree), tau=0.1 * _span(seen, start), index=index, n_groups=len(groups))
-        errors = fit.delta
-        spread = max(float(np.mean(errors**2)), (TAU_FLOOR * _span(seen, start)) ** 2)
-        score = len(groups) * np.log(spread) + (degree + 1) * np.log(len(groups)) * 2
-        if score < best_score - 2.0:
+        tau = _scatter(seen, _with_degree(start, degree), index, len(groups), 0.0).tau
+        score = 2.0 * len(groups) * np.log(tau) + (degree + 1) * np.log(len(groups))
+        if score < best_score - 4.0:  # one frame that happens to lie well must not buy a degree
             best, best_score = degree, score
     return best
 
@@ -222,9 +221,8 @@ class _Solution:
     covariance: FloatArray  # of (log A, law coefficients, floor2)
     delta_variance: FloatArray
     delta_variance_given_rest: FloatArray  # if all other parameters were known
-    fun: FloatArray  # residuals of the solver and their Jacobian
-    jacobian: FloatArray
-    slope_by_defocus: FloatArray  # (n,) derivative of the data residuals by defocus
+    term: float  # value and standard error of the additional term, if one was given
+    term_std: float
     converged: bool
 
 
@@ -237,8 +235,14 @@ def _solve(
     n_groups: int,
     extra_std_px2: FloatArray | float = 0.0,
     weight: FloatArray | None = None,
+    term: tuple[FloatArray, FloatArray] | None = None,
 ) -> _Solution:
-    """Robust least squares for given tau (scalar or one per (sweep, frame)), with an analytic Jacobian."""
+    """Robust least squares for given tau (scalar or one per (sweep, frame)), with an analytic Jacobian.
+
+    Args:
+        term: one more parameter z: the gain of each observation grows by z times the first, its defocus by z times
+            the second array.
+    """
     n_law = len(start.law.coefficients)
     basis = start.law.design(seen.position)
     sweeps, sweep_index = np.unique(seen.sweep, return_inverse=True)
@@ -249,18 +253,20 @@ def _solve(
     std = np.sqrt(seen.std_px2**2 + model_std**2 + np.square(extra_std_px2))
     root = np.ones(len(seen)) if weight is None else np.sqrt(weight)
     rows = np.arange(len(seen))
-    n_params = 1 + n_law + 1 + n_sweeps + n_groups
-    pose_at, delta_at = 2 + n_law, 2 + n_law + n_sweeps
+    pose_at, delta_at, term_at = 2 + n_law, 2 + n_law + n_sweeps, 2 + n_law + n_sweeps + n_groups
+    n_params = term_at + (term is not None)
+    by_gain, by_shift = term if term is not None else (np.zeros(len(seen)), np.zeros(len(seen)))
 
     def unpack(x: FloatArray) -> tuple[FloatArray, FloatArray]:
         depth = seen.inverse_depth_dpt * (1.0 + POSE_STD * x[pose_at:delta_at][sweep_index])
-        defocus = basis @ x[1 : 1 + n_law] + tau_each[index] * x[delta_at:][index] - depth
-        return np.exp(x[0]) * seen.focal_px, defocus
+        defocus = basis @ x[1 : 1 + n_law] + tau_each[index] * x[delta_at:term_at][index] - depth
+        z = x[term_at] if term is not None else 0.0
+        return np.exp(x[0]) * seen.focal_px * (1.0 + z * by_gain), defocus + z * by_shift
 
     def residuals(x: FloatArray) -> FloatArray:
         gain, defocus = unpack(x)
         data = (seen.coc2_px2 - (gain * defocus) ** 2 - x[1 + n_law]) / std
-        return np.concatenate([_soften(data) * root, x[pose_at:]])
+        return np.concatenate([_soften(data) * root, x[pose_at:term_at]])
 
     def jacobian(x: FloatArray) -> FloatArray:
         gain, defocus = unpack(x)
@@ -273,6 +279,8 @@ def _solve(
         out[rows, 1 + n_law] = -scale
         out[rows, pose_at + sweep_index] = -by_defocus * seen.inverse_depth_dpt * POSE_STD
         out[rows, delta_at + index] = by_defocus * tau_each[index]
+        if term is not None:
+            out[rows, term_at] = by_defocus * (defocus * by_gain / (1.0 + x[term_at] * by_gain) + by_shift)
         out[len(seen) + np.arange(n_sweeps + n_groups), pose_at + np.arange(n_sweeps + n_groups)] = 1.0
         return out
 
@@ -289,14 +297,13 @@ def _solve(
         law=FocusLaw(start.law.low, start.law.high, x[1 : 1 + n_law]),
         floor2_px2=float(x[1 + n_law]),
         pose=x[pose_at:delta_at] * POSE_STD,
-        delta=x[delta_at:] * tau_each,
+        delta=x[delta_at:term_at] * tau_each,
         residual=plain,
         covariance=covariance[: 2 + n_law, : 2 + n_law],
-        delta_variance=np.diag(covariance)[delta_at:] * tau_each**2,
-        delta_variance_given_rest=tau_each**2 / np.diag(information)[delta_at:],
-        fun=found.fun,
-        jacobian=found.jac,
-        slope_by_defocus=-2.0 * gain**2 * defocus * _soften_slope(plain) * root / std,
+        delta_variance=np.diag(covariance)[delta_at:term_at] * tau_each**2,
+        delta_variance_given_rest=tau_each**2 / np.diag(information)[delta_at:term_at],
+        term=float(x[-1]) if term is not None else 0.0,
+        term_std=float(np.sqrt(max(covariance[-1, -1], 0.0))) if term is not None else 0.0,
         converged=bool(found.success),
     )
 
@@ -312,34 +319,20 @@ def _soften_slope(z: FloatArray) -> FloatArray:
 
 
 def _fit_hierarchical(
-    seen: Observations, start: _Start | Fit, degree: int, extra_std_px2: FloatArray | float = 0.0
+    seen: Observations,
+    start: _Start | Fit,
+    degree: int,
+    extra_std_px2: FloatArray | float = 0.0,
+    *,
+    diagnose: bool = False,
 ) -> Fit:
-    """One fit with the motor's scatter tau estimated from the focus errors that a wide prior leaves."""
+    """One fit with the motor's scatter estimated, and covariances that cover."""
     begin = _with_degree(
         start if isinstance(start, _Start) else _Start(start.pupil_m, start.law, start.floor2_px2), degree
     )
     index, groups = _groups(seen)
-    span = _span(seen, begin)
-    wide = 0.1 * span
-    loose = _solve(seen, begin, tau=wide, index=index, n_groups=len(groups), extra_std_px2=extra_std_px2)
-    # a frame near the minimum of the V does not tell its focus error: its delta keeps the prior's variance
-    told = loose.delta_variance_given_rest < (0.3 * wide) ** 2
-    tau = 1.4826 * float(np.median(np.abs(loose.delta[told]))) if told.sum() > 3 else 0.01 * span
-    out = told & (np.abs(loose.delta) > OUTLIER_SIGMAS * max(tau, 1e-3 * span))
-    begin = _Start(loose.pupil_m, loose.law, loose.floor2_px2)
-    for _ in range(TAU_ROUNDS):  # expectation maximisation; the variances hold what the other parameters leave open
-        tau = max(tau, TAU_FLOOR * span)
-        solution = _solve(
-            seen,
-            begin,
-            tau=np.where(out, wide, tau),
-            index=index,
-            n_groups=len(groups),
-            extra_std_px2=extra_std_px2,
-        )
-        begin = _Start(solution.pupil_m, solution.law, solution.floor2_px2)
-        clean = ~out & told
-        tau = float(np.sqrt(np.mean(solution.delta[clean] ** 2 + solution.delta_variance[clean])))
+    solution, tau, out, clean = _scatter(seen, begin, index, len(groups), extra_std_px2)
+    tau_each = np.where(out, WIDE_TAU_RATIO * _span(seen, begin), tau)
     factor = float(student_t.ppf(0.975, max(int(clean.sum()) - degree - 2, 1))) / 1.959964
     covariance = solution.covariance * factor**2
     n_law = degree + 1
@@ -361,32 +354,69 @@ def _fit_hierarchical(
         converged=solution.converged,
         pupil_focus_correlation=correlation,
         pose_error=solution.pose,
-        extra=_diagnose(seen, solution, factor),
+        extra=_diagnose(seen, solution, tau_each, extra_std_px2, factor) if diagnose else {},
     )
 
 
-def _diagnose(seen: Observations, solution: _Solution, factor: float) -> dict[str, tuple[float, float]]:
-    """Value and standard error of terms that an ideal lens does not have, each estimated alone (one Newton step).
+class _Scatter(NamedTuple):
+    solution: _Solution
+    tau: float
+    out: NDArray[np.bool_]  # (sweep, frame) groups whose focus is far from where the law has it
+    clean: NDArray[np.bool_]  # groups that tell tau
+
+
+def _scatter(
+    seen: Observations,
+    begin: _Start,
+    index: NDArray[np.int64],
+    n_groups: int,
+    extra_std_px2: FloatArray | float,
+) -> _Scatter:
+    """The fit together with the motor's scatter tau, by expectation maximisation from a wide prior."""
+    span = _span(seen, begin)
+    wide = WIDE_TAU_RATIO * span
+    solution = _solve(seen, begin, tau=wide, index=index, n_groups=n_groups, extra_std_px2=extra_std_px2)
+    # a frame near the minimum of the V does not tell its focus error: its delta keeps the prior's variance
+    told = solution.delta_variance_given_rest < (0.3 * wide) ** 2
+    tau = 1.4826 * float(np.median(np.abs(solution.delta[told]))) if told.sum() > 3 else 0.01 * span
+    out = told & (np.abs(solution.delta) > OUTLIER_SIGMAS * max(tau, 1e-3 * span))
+    clean = ~out & told
+    for _ in range(TAU_ROUNDS):  # the variances hold what the other parameters leave open
+        tau = max(tau, TAU_FLOOR * span)
+        solution = _solve(
+            seen,
+            _Start(solution.pupil_m, solution.law, solution.floor2_px2),
+            tau=np.where(out, wide, tau),
+            index=index,
+            n_groups=n_groups,
+            extra_std_px2=extra_std_px2,
+        )
+        tau = float(np.sqrt(np.mean(solution.delta[clean] ** 2 + solution.delta_variance[clean])))
+    return _Scatter(solution, max(tau, TAU_FLOOR * span), out, clean)
+
+
+def _diagnose(
+    seen: Observations, solution: _Solution, tau: FloatArray, extra_std_px2: FloatArray | float, factor: float
+) -> dict[str, tuple[float, float]]:
+    """Value and standard error of terms that an ideal lens does not have, each fitted alone beside all the others.
 
     near_far: relative excess of the blur gain in front of focus; radial: of the gain in the image corner;
     curvature: focus shift in the corner (dpt); pupil_slope: relative change of the pupil per dioptre of focus.
     """
-    defocus = solution.law(seen.position) - seen.inverse_depth_dpt
-    slope, n_seen = solution.slope_by_defocus, len(seen)
-    columns = {
-        "near_far": slope * defocus * (defocus < 0),
-        "radial": slope * defocus * seen.radius2,
-        "curvature": slope * seen.radius2,
-        "pupil_slope": slope * defocus * (solution.law(seen.position) - float(np.mean(solution.law(seen.position)))),
+    focus = solution.law(seen.position)
+    nothing = np.zeros(len(seen))
+    terms = {
+        "near_far": ((focus < seen.inverse_depth_dpt).astype(np.float64), nothing),
+        "radial": (seen.radius2, nothing),
+        "curvature": (nothing, seen.radius2),
+        "pupil_slope": (focus - float(focus.mean()), nothing),
     }
+    index, groups = _groups(seen)
+    begin = _Start(solution.pupil_m, solution.law, solution.floor2_px2)
     extra = {}
-    for name, column in columns.items():
-        full = np.zeros(len(solution.fun))
-        full[:n_seen] = column
-        jacobian = np.column_stack([solution.jacobian, full])
-        covariance = np.linalg.pinv(jacobian.T @ jacobian, hermitian=True)
-        step = -covariance @ (jacobian.T @ solution.fun)
-        extra[name] = (float(step[-1]), float(np.sqrt(max(covariance[-1, -1], 0.0))) * factor)
+    for name, term in terms.items():
+        fit = _solve(seen, begin, tau=tau, index=index, n_groups=len(groups), extra_std_px2=extra_std_px2, term=term)
+        extra[name] = (fit.term, fit.term_std * factor)
     return extra
 
 
