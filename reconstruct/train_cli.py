@@ -12,8 +12,6 @@ from capture.errors import UsageError
 if TYPE_CHECKING:
     from reconstruct.train import TrainConfig
 
-RECIPES = Path(__file__).parent.parent / "configs" / "train"
-
 
 def register(app: typer.Typer) -> None:
     """Add `train` to `app`."""
@@ -46,6 +44,10 @@ def train_command(
         raise UsageError(f"--preset is {preset!r}; it must be default or paper")
     if recipe is None and not stacks:
         raise UsageError("name the stacks to train on, or --recipe default to train on simulated ones")
+    if recipe not in (None, "default"):
+        raise UsageError(
+            f"--recipe is {recipe!r}; the only one is default, the shipped weights' (change it by --config)"
+        )
     if recipe is not None and stacks:
         raise UsageError("--recipe trains on simulated stacks; leave the captured ones out")
     from reconstruct.device import pick_device
@@ -71,11 +73,7 @@ def _settings(config: Path | None, recipe: str | None, preset: str, init: str, s
     if config is not None:
         settings = load_yaml(config, TrainConfig)
     elif recipe is not None:
-        path = RECIPES / f"{recipe}.yaml"
-        if not path.is_file():
-            known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
-            raise UsageError(f"--recipe {recipe}: there is no {path}; known recipes: {known or 'none'}")
-        settings = load_yaml(path, TrainConfig)
+        settings = TrainConfig()
     elif preset == "paper":
         settings = PAPER
     else:
