@@ -24,6 +24,7 @@ from capture.optics import sweep_for_scene
 from capture.scenes import Scene, motorcycle
 from reconstruct import metrics
 from reconstruct.plane_sweep import plane_sweep
+from reconstruct.shape_from_focus import WINDOWS_PX, shape_from_focus, sharpest_frame
 from tests.benchmarks.foundation_stacks import (
     OPTICS,
     ROOT,
@@ -34,7 +35,6 @@ from tests.benchmarks.foundation_stacks import (
     scene_names,
     stack_through,
 )
-from tests.benchmarks.shape_from_focus import WINDOWS_PX, shape_from_focus, sharpest_frame
 
 RESULT = ROOT / "bench-results" / "foundation.json"
 MOTORCYCLE_MAX_COC_PX = 36.0  # blur standard deviation up to 9 px at 640 px width, as in notes/performance.md 3.3
