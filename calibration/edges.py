@@ -235,7 +235,7 @@ class _Tracker:
             )
             for j in which
         ]
-        patches = [_Patch(image[box]) for box in boxes]
+        patches = [Patch(image[box]) for box in boxes]
 
         if expected is None:
             near, worst = self._coarse(bank, image, boxes, largest)
@@ -273,7 +273,7 @@ class _Tracker:
         small = cv2.resize(image, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
         small_bank = bank.halved()
         boxes = [(slice(y.start // 2, y.stop // 2), slice(x.start // 2, x.stop // 2)) for y, x in boxes]
-        patches = [_Patch(small[box]) for box in boxes]
+        patches = [Patch(small[box]) for box in boxes]
         levels = _levels(0.0, largest, 1.4)
         costs = np.array(
             [
@@ -287,13 +287,13 @@ class _Tracker:
         return near, float(np.median(costs.min(axis=0)))
 
 
-class _PatchFit(NamedTuple):
+class PatchFit(NamedTuple):
     coc2: float
     std2: float
     shift: NDArray[np.float64]
 
 
-class _Patch:
+class Patch:
     """One window of a frame, and its least-squares comparison with windows of the template."""
 
     def __init__(self, image: NDArray[np.float32]) -> None:
@@ -309,12 +309,12 @@ class _Patch:
         centered -= centered.mean()
         return 1.0 - max(float(centered @ self.pixels), 0.0) ** 2 / (float(centered @ centered) + 1e-12) / self.energy
 
-    def fit(self, levels: Sequence[float], templates: Sequence[NDArray[np.float32]]) -> _PatchFit:
+    def fit(self, levels: Sequence[float], templates: Sequence[NDArray[np.float32]]) -> PatchFit:
         """Squared diameter, its standard error and the window's shift, from the pair of levels that fits best.
 
         Between two levels the template is linear in c^2, so gain, offset, shift and c^2 are one linear solve.
         """
-        best_cost, best = np.inf, _PatchFit(np.nan, np.nan, np.zeros(2))
+        best_cost, best = np.inf, PatchFit(np.nan, np.nan, np.zeros(2))
         for k in range(len(levels) - 1):
             low, high, n = templates[k], templates[k + 1], self.stride
             middle = 0.5 * (low + high)
@@ -341,7 +341,7 @@ class _Patch:
                 span = levels[k + 1] ** 2 - levels[k] ** 2
                 std_t = np.sqrt(variance * max(inverse[1, 1] - 2 * t * inverse[0, 1] + t * t * inverse[0, 0], 0)) / gain
                 best_cost = cost
-                best = _PatchFit(
+                best = PatchFit(
                     levels[k] ** 2 + float(np.clip(t, -1.0, 2.0)) * span,
                     float(std_t * span),
                     np.array([-right / gain, -down / gain]),

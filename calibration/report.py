@@ -181,11 +181,11 @@ def _figures(calibration: Calibration) -> list[tuple[str, str]]:
     scale.append(Series(dense, curve.scale(dense), line=True, color=6, error=1.96 * curve.scale_std(dense)))
     return [
         (
-            _plot(v_curves, "focus position", "blur diameter, px"),
+            plot(v_curves, "focus position", "blur diameter, px"),
             "V-curves: blur of the patches at each sweep's median depth (points) and the fit (lines).",
         ),
         (
-            _plot(
+            plot(
                 [
                     Series(predicted, np.sign(predicted) * measured, "patches", color=0),
                     Series(ends, ends, "fit", line=True, color=1),
@@ -196,7 +196,7 @@ def _figures(calibration: Calibration) -> list[tuple[str, str]]:
             "Both sides of focus must lie on one straight line; a kink at zero is aberration.",
         ),
         (
-            _plot(
+            plot(
                 [
                     Series(dense, fit.law(dense), "fit, 95 % band", line=True, color=0, error=band),
                     Series(frame_position, fit.law(frame_position) + frame_error, "frames", color=1),
@@ -207,7 +207,7 @@ def _figures(calibration: Calibration) -> list[tuple[str, str]]:
             "Focus map: what each position of the motor means.",
         ),
         (
-            _plot(
+            plot(
                 [
                     *[
                         Series(frame_position[frame_sweep == k], frame_error[frame_sweep == k], n, color=k)
@@ -221,15 +221,15 @@ def _figures(calibration: Calibration) -> list[tuple[str, str]]:
             "Residuals of the focus map, one point per frame; the band is the map's own 95 % interval.",
         ),
         (
-            _plot(scale, "focus position", "image scale"),
+            plot(scale, "focus position", "image scale"),
             "Breathing: image scale against focus, 1 at the reference position.",
         ),
         (
-            _plot(depths, "distance from image centre (1: corner)", "inverse depth, dpt"),
+            plot(depths, "distance from image centre (1: corner)", "inverse depth, dpt"),
             "Where the data lies: patches over sensor and depth. The profile is an extrapolation elsewhere.",
         ),
         (
-            _plot(
+            plot(
                 [Series(np.sqrt(seen.radius2[blunt]), residual[blunt], "patches", color=0)],
                 "distance from image centre (1: corner)",
                 "blur residual, px",
@@ -237,7 +237,7 @@ def _figures(calibration: Calibration) -> list[tuple[str, str]]:
             "Residuals over the sensor: a slope is field curvature or vignetting.",
         ),
         (
-            _plot([Series(np.abs(predicted), residual, "patches", color=0)], "predicted blur, px", "blur residual, px"),
+            plot([Series(np.abs(predicted), residual, "patches", color=0)], "predicted blur, px", "blur residual, px"),
             "Residuals over blur: a trend at large blur means a wrong gain, at small blur a wrong floor.",
         ),
     ]
@@ -248,7 +248,7 @@ def _sorted(x: FloatArray, y: FloatArray) -> tuple[FloatArray, FloatArray]:
     return x[order], y[order]
 
 
-def _plot(series: Sequence[Series], x_label: str, y_label: str) -> str:
+def plot(series: Sequence[Series], x_label: str, y_label: str) -> str:
     """One SVG line-and-scatter plot."""
     x_all = np.concatenate([s.x for s in series])
     y_all = np.concatenate([s.y if s.error is None else np.concatenate([s.y - s.error, s.y + s.error]) for s in series])
