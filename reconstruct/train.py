@@ -36,7 +36,7 @@ class TrainConfig(BaseModel):
 
     preset: Literal["default", "paper"] = "default"
     seed: int = 1
-    steps: int = Field(1300, ge=1)
+    steps: int = Field(2200, ge=1)
     batch: int = Field(6, ge=1)
     crop_px: int = Field(128, ge=32, multiple_of=16)
     scenes: int = Field(675, ge=1, description="simulated scenes in the pool")

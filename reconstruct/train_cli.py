@@ -46,7 +46,7 @@ def train_command(
         raise UsageError("name the stacks to train on, or --recipe default to train on simulated ones")
     if recipe not in (None, "default"):
         raise UsageError(
-            f"--recipe is {recipe!r}; the only one is default, the shipped weights' (change it by --config)"
+            f"--recipe is {recipe!r}; the only one is default (change it by --config)"
         )
     if recipe is not None and stacks:
         raise UsageError("--recipe trains on simulated stacks; leave the captured ones out")
