@@ -27,6 +27,7 @@ from capture.cameras.base import (
     CameraBusy,
     CameraError,
     CameraInfo,
+    CameraInUse,
     CameraNotFound,
     CorruptFrame,
     ExposureDrift,
@@ -251,6 +252,7 @@ class _Runner:
         self.still_level = 0.0
         self.previous: FrameSummary | None = None
         self.odd_shape: tuple[int, ...] | None = None  # of the last picture that did not fit the others
+        self.odd_drift: float | None = None
         self.first_level: float | None = None
         self.sharpness: dict[int, float] = {}
         self.unchanged: list[int] = []
@@ -265,6 +267,7 @@ class _Runner:
         with contextlib.ExitStack() as cleanup:
             if resume:
                 self.sweep = planned(self.path, self.sweep)
+                self.first_level = first_level(self.path) if partial_path(self.path).exists() else None
                 self.writer = cleanup.enter_context(StackWriter.resume(self.path, plan=self._plan_data()))
             else:
                 self._check_target()
@@ -298,12 +301,12 @@ class _Runner:
             self._take(index, cleanup)
 
     def _start_over(self) -> None:
-        """The first frame, which set the size of the stack, was the damaged one: begin again without it."""
+        """The first frame, which set size and brightness of the stack, was the odd one: begin again without it."""
         assert self.writer is not None
         self.writer.discard()
         self.writer, self.previous, self.first_level = None, None, None
         self.sharpness.clear()
-        self._event("started_over", reason="the first frame had another size than those after it")
+        self._event("started_over", reason="the first frame was unlike those after it")
         self._reopen_and_home(reopen=False)
 
     def _check_target(self) -> None:
@@ -335,8 +338,11 @@ class _Runner:
     def _outcome(self) -> str:
         if self.writer is None:
             return "nothing was stored"
-        taken = len(self.sweep) - len(self.writer.pending)
-        return f"{taken} of {len(self.sweep)} frames are safe in {self.writer.partial_path}, continue with --resume"
+        done, total = self._n_done(), len(self.sweep)
+        return f"{done} of {total} frames are safe in {self.writer.partial_path}, continue with --resume"
+
+    def _n_done(self) -> int:
+        return 0 if self.writer is None else len(self.sweep) - len(self.writer.pending)
 
     def _stop_if_asked(self) -> None:
         if self.stop:
@@ -346,13 +352,12 @@ class _Runner:
     def _tell(self, index: int, message: str) -> None:
         if self.on_progress is None:
             return
-        pending = set(range(len(self.sweep)) if self.writer is None else self.writer.pending)
         measures = tuple(self.sharpness.get(i, math.nan) for i in range(len(self.sweep)))
         position = math.nan if index < 0 else float(self.targets[index])
         self.on_progress(
             SweepProgress(
                 index,
-                len(self.sweep) - len(pending),
+                self._n_done(),
                 len(self.sweep),
                 position,
                 self._info.capabilities.focus_unit,
@@ -544,7 +549,8 @@ class _Runner:
                 self._event("reconnected", attempt=attempt)
                 return
             except CameraError as error:
-                gone = error.recovery in ("reopen", "retry") or isinstance(error, CameraNotFound)
+                # a desktop grabs a camera that appears on USB; it often lets go a moment later
+                gone = error.recovery in ("reopen", "retry") or isinstance(error, CameraNotFound | CameraInUse)
                 if not gone or attempt == len(REOPEN_WAITS_S):
                     raise
 
@@ -610,7 +616,7 @@ class _Runner:
         if self.writer is not None:
             expected = (self.writer.height, self.writer.width, self.writer.channels)
             if image.pixels.shape != expected or image.pixels.dtype != self.writer.dtype:
-                if self.odd_shape == image.pixels.shape and len(self.sweep) - len(self.writer.pending) == 1:
+                if self.odd_shape == image.pixels.shape and self._n_done() == 1:
                     raise _OddFirstFrame("the first frame had another size", stage="check")
                 self.odd_shape = image.pixels.shape
                 raise CorruptFrame(
@@ -625,6 +631,9 @@ class _Runner:
         if self.first_level is not None:
             drift = summary.mean_level / self.first_level - 1.0
             if abs(drift) > DRIFT_STOP and not self.options.allow_drift:
+                if self.odd_drift is not None and abs(drift - self.odd_drift) < DRIFT_WARN and self._n_done() == 1:
+                    raise _OddFirstFrame("the first frame had another brightness", stage="check")
+                self.odd_drift = drift
                 raise ExposureDrift(f"the brightness changed by {drift:+.0%} against the first frame", stage="check")
             if abs(drift) > DRIFT_WARN:
                 self._warn("drift", f"frame {index + 1}: brightness {drift:+.1%} against the first frame", frame=index)
@@ -782,6 +791,14 @@ def planned(path: Path, sweep: FocusSweep) -> FocusSweep:
     An adaptive plan is stored as the explicit one that it became on site; any other must be the same.
     """
     return stored_plan(path) if sweep.spacing == "adaptive" else sweep
+
+
+def first_level(path: Path) -> float | None:
+    """Mean linear brightness of the first frame that the partial stack of `path` has, None if it has none."""
+    with FocalStack.open(partial_path(path), allow_partial=True) as stack:
+        if not stack.n_frames:
+            return None
+        return summarise(stack.raw(0), stack.transfer, stack.white_level).mean_level
 
 
 # --- following a sweep that is still being captured

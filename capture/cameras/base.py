@@ -352,6 +352,7 @@ class CorruptFrame(CameraError):
 class ExposureDrift(CameraError):
     """Brightness changed between frames although exposure is locked."""
 
+    recovery = "retry"  # somebody walked past, a lamp flickered
     advice = "keep the light steady and the exposure manual, or allow it with --allow-drift"
 
 

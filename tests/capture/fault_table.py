@@ -52,6 +52,8 @@ def fault_outcomes(folder: Path) -> list[Outcome]:
                 # a camera counts the pictures it takes: for good means at this one and at all that follow
                 struck = range(frame, frame + (1 if times == 1 else 40))
                 faults = tuple(Fault(name=name, frame=index, times=times) for index in struck)
+                if FAULTS[name][0] in ("open", "lock_exposure") and frame:  # met again only after the cable came loose
+                    faults += (Fault(name="disconnect", frame=frame),)
                 behaviour = Behaviour(relative=True, noise=0.01, max_coc_px=12.0, fault=faults)
                 camera = SimulatedCamera(scene, behaviour=behaviour)
                 camera._views = views

@@ -224,7 +224,7 @@ def test_every_fault_at_first_middle_and_last_frame(tmp_path):
 UNSEEN = {("corrupt", "first"), ("wrong_size", "first"), ("drift", "first")}
 HEALS = {
     "busy", "capture_failed", "corrupt", "crash", "disconnect", "timeout", "wrong_size", "not_ready", "not_homed",
-    "black", "repeat", "stuck",
+    "black", "repeat", "stuck", "drift",
 }  # fmt: skip
 
 
