@@ -43,7 +43,7 @@ class TrainConfig(BaseModel):
     first_scenes: int = Field(300, ge=1, description="scenes used by the first step; one more with every 16 stacks")
     held_out_scenes: int = Field(24, ge=1, description="simulated scenes for validation only")
     scene_px: int = Field(144, ge=32)
-    learning_rate: float = Field(1.5e-3, gt=0)
+    learning_rate: float = Field(6e-4, gt=0)
     warmup_steps: int = Field(50, ge=0)
     weight_decay: float = Field(1e-4, ge=0)
     gradient_clip: float = Field(1.0, gt=0)
