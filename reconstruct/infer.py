@@ -155,7 +155,7 @@ class _Estimator:
         if self.refine_steps:
             from reconstruct.refine import refine
 
-            estimate = refine(tensor, self.focus_dpt, self.kappa, estimate, steps=self.refine_steps)
+            estimate = refine(tensor, self.focus_dpt, self.kappa, estimate, steps=self.refine_steps, valid=mask)
         baseline = plane_sweep(tensor, self.focus_dpt, self.kappa, valid=mask) if self.compare else None
         return estimate, baseline
 
