@@ -190,19 +190,37 @@ class _Tracker:
         self.floor_sigma_px = floor_sigma_px
         self.shape = (int(sweep.images.shape[1]), int(sweep.images.shape[2]))
 
-    def fit(self, frame: int, guess: Similarity, expected: NDArray[np.float64] | None) -> _FrameFit | None:
+    def fit(
+        self, frame: int, guess: Similarity, expected: NDArray[np.float64] | None, *, jumped: bool = False
+    ) -> _FrameFit | None:
         """Blur of all windows of `frame`; None when the board does not look like the template at all.
 
         Args:
             expected: (N,) squared diameter of every corner from an earlier round, to look only around it.
         """
-        result = None
+        result, first = None, guess
         for _ in range(3):
             to_px = guess.matrix(self.shape) @ self.homography
             result, moved_px, guess = self._fit_once(frame, guess, to_px, expected)
             if result is None or moved_px < MAX_GEOMETRY_PX:
                 break
+        if result is None and not jumped:
+            return self.fit(frame, self._jumped(frame, first), expected, jumped=True)
         return result
+
+    def _jumped(self, frame: int, guess: Similarity) -> Similarity:
+        """`guess` shifted to where the board is now, should somebody have pushed it."""
+        to_px = guess.matrix(self.shape) @ self.homography
+        square = float(_square_px(to_px, self.sweep.board).min())
+        template, image = (
+            cv2.GaussianBlur(picture, (0, 0), 0.15 * square)
+            for picture in (self.painter.paint(to_px, self.shape, self.bend), self.sweep.images[frame])
+        )
+        reach = max(int(0.6 * square), 2)  # the chessboard looks the same again two squares on
+        inner = template[reach:-reach, reach:-reach]
+        match = cv2.matchTemplate(image, inner, cv2.TM_CCOEFF_NORMED)
+        down, right = (int(n) - reach for n in np.unravel_index(int(match.argmax()), match.shape))
+        return guess._replace(shift_x_px=guess.shift_x_px + right, shift_y_px=guess.shift_y_px + down)
 
     def _fit_once(
         self, frame: int, guess: Similarity, to_px: NDArray[np.float64], expected: NDArray[np.float64] | None

@@ -1,0 +1,219 @@
+"""From frames to lens.yaml: an independent aperture-sampled camera, and everything that can be wrong with a sweep."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from calibration.board import Board
+from calibration.calibrate import BoardStack, board_with_ruler, calibrate, load_board_stack
+from calibration.check import check_profile
+from calibration.edges import CalibrationError, Sweep, locate
+from calibration.report import report_html, verdict_of
+from capture.errors import DataError, UsageError
+from capture.lens import LensProfile, Measured
+from capture.stack import StackWriter
+from reconstruct.cli import app
+from tests.calibration.board_camera import BoardCamera
+
+BOARD = Board(square_m=0.04, measured=True)
+CAMERA = BoardCamera(height=320, width=480, focal_px=1000.0, breathing=-0.8)
+STEPS = np.linspace(0, 1000, 9)
+POSES = ({"distance_m": 0.75, "tilt_deg": 3, "roll_deg": 4}, {"distance_m": 1.3, "tilt_deg": -40, "roll_deg": -3})
+FOCAL = Measured(value=float(CAMERA.focal_at(500)), std=1.0, source="user")
+
+
+def stack_of(images, name="a.h5", **changes) -> BoardStack:
+    sweep = Sweep(name, images, changes.pop("positions", STEPS[: len(images)]), changes.pop("board", BOARD))
+    fields = {"unit": "step", "binning": 1, "full_size": images.shape[1:], "lens": None, "camera": "", "warnings": ()}
+    return BoardStack(sweep=sweep, path=Path(name), sha256="0" * 64, **{**fields, **changes})
+
+
+@pytest.fixture(scope="module")
+def frames():
+    return [CAMERA.sweep(BOARD, CAMERA.pose(BOARD, **pose), STEPS, seed=k) for k, pose in enumerate(POSES)]
+
+
+@pytest.fixture(scope="module")
+def calibration(frames):
+    return calibrate([stack_of(images, f"{k}.h5") for k, images in enumerate(frames)], focal_px=FOCAL)
+
+
+def test_aperture_and_focus_come_out_of_images(calibration):
+    profile = calibration.profile
+    span = CAMERA.near_dpt - CAMERA.far_dpt
+    assert profile.pupil_diameter_m.value == pytest.approx(CAMERA.pupil_m, rel=0.01)
+    error = profile.focus_dpt(STEPS) - CAMERA.focus_dpt(STEPS)
+    assert np.sqrt(np.mean(error**2)) < 0.0025 * span
+    assert abs(profile.pupil_diameter_m.value - CAMERA.pupil_m) < 4 * profile.pupil_diameter_m.std
+
+
+def test_breathing_is_measured_with_its_sign(calibration):
+    truth = CAMERA.focal_at(STEPS) / CAMERA.focal_at(500)
+    np.testing.assert_allclose(calibration.profile.optics(STEPS).scale, truth, atol=3e-4)
+    assert truth[-1] < truth[0]
+
+
+def test_the_floor_is_found(calibration):
+    assert calibration.profile.floor_sigma_px.value == pytest.approx(CAMERA.floor_px, abs=0.1)
+
+
+def test_poses_and_evidence_are_recorded(calibration, tmp_path):
+    distances = [source.distance_m for source in calibration.profile.sources]
+    np.testing.assert_allclose(distances, [0.75, 1.3], rtol=3e-3)
+    assert calibration.profile.sources[1].tilt_deg == pytest.approx(40, abs=1)
+    assert calibration.profile.board == BOARD.model_dump()
+    calibration.profile.write(tmp_path / "lens.yaml")
+    assert LensProfile.read(tmp_path / "lens.yaml") == calibration.profile
+
+
+def test_the_report_is_one_file_with_every_figure_and_a_verdict(calibration):
+    page = report_html(calibration)
+    assert page.count("<svg") == 8
+    assert "nan" not in page.lower().replace("finance", "")
+    assert "http" not in page
+    assert verdict_of(calibration)[0] in page
+
+
+def test_an_unmeasured_print_is_said_and_a_ruler_corrects_it():
+    assert board_with_ruler(Board(square_m=0.035), 98.0, 100.0).square_m == pytest.approx(0.0343)
+    with pytest.raises(UsageError, match=r"--ruler-mm 9\.8"):
+        board_with_ruler(Board(), 9.8, 100.0)
+
+
+def test_check_accepts_the_same_lens_and_refuses_a_shifted_one(calibration, frames):
+    same = check_profile(calibration.profile, stack_of(frames[0]))
+    assert same.holds, same.sentence
+    shifted = check_profile(calibration.profile, stack_of(frames[0][:8], positions=STEPS[1:]))
+    assert not shifted.holds
+    assert "no longer holds" in shifted.sentence
+    assert shifted.shift_dpt == pytest.approx(-np.mean(np.diff(CAMERA.focus_dpt(STEPS))), rel=0.4)
+
+
+def test_one_frontal_distance_is_refused(frames):
+    with pytest.raises(CalibrationError, match=r"add a sweep at another distance.*\[ONE_DISTANCE\]"):
+        calibrate([stack_of(frames[0])], focal_px=FOCAL)
+
+
+def test_frontal_boards_without_lens_data_do_not_tell_the_focal_length(frames):
+    with pytest.raises(CalibrationError, match=r"give --focal-px \[NO_FOCAL_LENGTH\]"):
+        calibrate([stack_of(frames[0])])
+
+
+def test_no_board_names_the_closest_frame(frames):
+    blurred = np.stack([cv2.GaussianBlur(image, (0, 0), 12.0) for image in frames[0]])
+    with pytest.raises(CalibrationError, match=r"closest is frame \d.*\[NO_BOARD\]"):
+        locate(stack_of(blurred).sweep)
+
+
+def test_a_wrong_board_description_is_named(frames):
+    with pytest.raises(CalibrationError, match=r"not 5 x 7 squares but 7 x 5.*\[LEGACY_PATTERN\]"):
+        locate(stack_of(frames[0], board=Board(columns=5, rows=7)).sweep)
+
+
+def test_a_board_that_moved_is_named(frames):
+    moved = frames[0].copy()
+    moved[3] = np.roll(moved[3], 5, axis=1)
+    with pytest.raises(CalibrationError, match=r"in frame 3; .*\[MOVED\]"):
+        calibrate([stack_of(moved)], focal_px=FOCAL)
+
+
+def test_a_board_within_the_depth_of_field_is_refused(frames):
+    sharp = np.stack([frames[0][6]] * 5)
+    with pytest.raises(CalibrationError, match=r"within the depth of field.*\[TOO_SHARP\]"):
+        calibrate([stack_of(sharp)], focal_px=FOCAL)
+
+
+def test_blur_larger_than_the_squares_is_refused(frames):
+    index = [6, 6, 6, 6, 6]
+    blurred = np.stack(
+        [cv2.GaussianBlur(frames[0][i], (0, 0), s) for i, s in zip(index, (0.1, 0.2, 30, 35, 40), strict=True)]
+    )
+    with pytest.raises(CalibrationError, match=r"print larger squares.*\[BLUR_TOO_LARGE\]"):
+        calibrate([stack_of(blurred)], focal_px=FOCAL)
+
+
+def test_stacks_of_different_cameras_are_refused(frames):
+    with pytest.raises(DataError, match="differ in camera"):
+        calibrate([stack_of(frames[0]), stack_of(frames[1], camera="another")], focal_px=FOCAL)
+
+
+# --- files
+
+
+def write(path, images, board=BOARD, positions=STEPS, **options):
+    with StackWriter.create(
+        path, n_frames=len(images), height=images.shape[1], width=images.shape[2], channels=1, dtype=np.uint16,
+        transfer="linear", board=board and board.model_dump(), sync=False, **options,
+    ) as writer:  # fmt: skip
+        for i, image in enumerate(images):
+            writer.append(
+                i, (np.clip(image, 0, 1) * 65535).astype(np.uint16)[..., None], focus_command=float(positions[i])
+            )
+        writer.finish()
+    return path
+
+
+def test_a_stack_is_binned_and_ordered(tmp_path, frames):
+    path = write(tmp_path / "a.h5", frames[0][::-1], positions=STEPS[::-1])
+    stack = load_board_stack(path, max_pixels=480 * 320 // 4)
+    assert stack.binning == 2
+    assert stack.sweep.images.shape == (9, 160, 240)
+    np.testing.assert_array_equal(stack.sweep.positions, STEPS)
+    expected = cv2.resize(frames[0][0], (240, 160), interpolation=cv2.INTER_AREA)
+    np.testing.assert_allclose(stack.sweep.images[0], expected, atol=1e-4)
+    assert stack.sweep.board == BOARD
+
+
+@pytest.mark.parametrize(
+    ("code", "change"),
+    [
+        ("SATURATED", lambda images: np.minimum(images * 1.5, 1.0)),
+        ("EXPOSURE_CHANGED", lambda images: images * np.where(np.arange(9) == 4, 0.8, 1.0)[:, None, None]),
+    ],
+)
+def test_wrong_exposure_is_refused(tmp_path, frames, code, change):
+    path = write(tmp_path / "a.h5", change(frames[0]))
+    with pytest.raises(CalibrationError, match=r"; .*\[" + code):
+        load_board_stack(path)
+
+
+def test_a_stack_must_say_its_board(tmp_path, frames):
+    path = write(tmp_path / "a.h5", frames[0], board=None)
+    with pytest.raises(UsageError, match="--board"):
+        load_board_stack(path)
+    assert load_board_stack(path, BOARD).sweep.board == BOARD
+
+
+def test_the_command_writes_profile_and_report(tmp_path, frames):
+    paths = [write(tmp_path / f"{k}.h5", images) for k, images in enumerate(frames)]
+    out = tmp_path / "lens.yaml"
+    args = ["calibrate", *map(str, paths), "-o", str(out), "--focal-px", str(FOCAL.value)]
+    result = CliRunner().invoke(app, args)
+    assert result.exit_code == 0, result.output
+    assert "Aperture 17.9" in result.output or "Aperture 18.0" in result.output
+    assert (tmp_path / "report.html").stat().st_size > 20_000
+    profile = LensProfile.read(out)
+    assert profile.sources[0].sha256 == load_board_stack(paths[0]).sha256
+    checked = CliRunner().invoke(app, ["calibrate", "--check", str(paths[1]), "--lens", str(out)])
+    assert checked.exit_code == 0, checked.output
+    assert "holds" in checked.output
+    again = CliRunner().invoke(app, args)
+    assert isinstance(again.exception, UsageError)
+
+
+def test_the_board_command_writes_what_calibrate_reads(tmp_path):
+    result = CliRunner().invoke(app, ["board", "-o", str(tmp_path / "board.pdf"), "--paper", "A3"])
+    assert result.exit_code == 0, result.output
+    from capture.config import load_yaml
+
+    assert load_yaml(tmp_path / "board.yaml", Board).square_m == pytest.approx(0.052, abs=0.005)
+
+
+def test_gain_and_offset_of_the_light_change_nothing(frames, calibration):
+    x = np.linspace(0.6, 1.0, CAMERA.width, dtype=np.float32)
+    stacks = [stack_of(images * x + 0.02, f"{k}.h5") for k, images in enumerate(frames)]
+    shaded = calibrate(stacks, focal_px=FOCAL).profile
+    assert shaded.pupil_diameter_m.value == pytest.approx(calibration.profile.pupil_diameter_m.value, rel=3e-3)
