@@ -117,6 +117,43 @@ def view_command(
     viewer.run(out, host, port)
 
 
+@app.command("session")
+def session_command(
+    camera: Annotated[str, typer.Option(help="gphoto2:, opencv:0, picamera2:, simulated:SCENE or replay:FOLDER.")],
+    out: Annotated[Path, typer.Option("--output", "-o", help="Folder of the session; an existing one is continued.")],
+    lens: Annotated[str | None, typer.Option(help="lens.yaml of a calibration, or optics: '50mm f/2.8 12um'.")] = None,
+    method: Annotated[str | None, typer.Option(help="network (where there are weights) or plane-sweep.")] = None,
+    weights: Annotated[str, typer.Option(help="Weights of the network: a name or a file.")] = "default",
+    refine: Annotated[int, typer.Option(min=0, help="Gradient steps through the renderer after the first answer.")] = 0,
+    manual_focus: Annotated[bool, typer.Option("--manual-focus", help="You turn the ring by hand.")] = False,
+    allow_drift: Annotated[bool, typer.Option("--allow-drift", help="Keep frames whose brightness changed.")] = False,
+    train_steps: Annotated[int | None, typer.Option(min=1, help="Steps of a fine-tuning run on site.")] = None,
+    device: Device = "auto",
+    host: Annotated[str, typer.Option(help="Address to listen on; beyond loopback is up to you.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 picks a free port.")] = 0,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in the browser.")] = True,
+) -> None:
+    """Shoot with the camera on a cable: live view, sweep button, depth seconds after the last frame."""
+    from capture.sweep import SweepOptions
+    from reconstruct import session
+
+    session.run(
+        camera,
+        out,
+        lens=lens,
+        method=method,
+        weights=weights,
+        refine_steps=refine,
+        device=device,
+        manual_focus=manual_focus,
+        options=SweepOptions(allow_drift=allow_drift),
+        train_steps=train_steps,
+        host=host,
+        port=port,
+        browser=browser,
+    )
+
+
 @app.command("demo")
 def demo_command(
     out: Annotated[Path, typer.Option("--output", "-o", help="Folder for what the demo makes.")] = Path("demo"),

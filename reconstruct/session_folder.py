@@ -1,0 +1,203 @@
+"""The folder of a session: takes, results, notes and a log; opening it again continues where it ended.
+
+DIR/session.json        everything below in one file, written whole or not at all
+DIR/session.log         what happened when, one line each
+DIR/takes/001.h5        stacks (001.h5.partial while a sweep is unfinished)
+DIR/results/001/        what `daif reconstruct` writes
+DIR/training/01/        fine-tuning runs
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from capture.errors import DataError, UsageError
+from capture.lease import Lease
+from capture.stack import FocalStack, partial_path
+from reconstruct import result
+
+Status = Literal["capturing", "unfinished", "complete"]
+
+
+class Take(BaseModel):
+    """One sweep of the session."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+    number: int = Field(ge=1)
+    status: Status
+    started: str
+    planned: int = Field(ge=0)
+    frames: int = Field(default=0, ge=0)
+    seconds: float = 0.0
+    note: str = ""
+    warnings: list[str] = []
+    problem: str = ""
+
+
+class SessionRecord(BaseModel):
+    """What `session.json` holds; `weights` are those accepted after fine-tuning, relative to the folder."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: Literal["daif-session/1"] = "daif-session/1"
+    created: str
+    camera: str
+    weights: str | None = None
+    takes: list[Take] = []
+
+
+class SessionFolder:
+    """The session in `path`, held by this process alone; safe to use from several threads.
+
+    Raises UsageError if `path` cannot be written, LockedError if another process has it open, DataError if its
+    `session.json` is damaged.
+    """
+
+    def __init__(self, path: Path, camera: str) -> None:
+        self.path = path
+        self.lock = threading.RLock()
+        try:
+            for name in ("takes", "results", "training"):
+                (path / name).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(
+                f"{path} cannot be used as the session's folder ({error.strerror}); choose another -o"
+            ) from None
+        self._lease = Lease(self._file)
+        try:
+            self.record = self._read(camera)
+            self._look_at_takes()
+            self.save()
+        except BaseException:
+            self._lease.release()
+            raise
+
+    def close(self) -> None:
+        self._lease.release()
+
+    @property
+    def _file(self) -> Path:
+        return self.path / "session.json"
+
+    @property
+    def results(self) -> Path:
+        return self.path / "results"
+
+    @property
+    def weights(self) -> Path | None:
+        """The network's weights that were accepted on site."""
+        return None if self.record.weights is None else self.path / self.record.weights
+
+    def stack(self, number: int) -> Path:
+        """Where take `number` is, or will be."""
+        return self.path / "takes" / f"{number:03d}.h5"
+
+    def result(self, number: int) -> Path:
+        return self.results / f"{number:03d}"
+
+    def has_result(self, number: int) -> bool:
+        return result.is_complete(self.result(number))
+
+    def take(self, number: int) -> Take | None:
+        return next((take for take in self.record.takes if take.number == number), None)
+
+    def begin(self, planned: int) -> Take:
+        """A new take with the next number."""
+        with self.lock:
+            number = 1 + max((take.number for take in self.record.takes), default=0)
+            take = Take(number=number, status="capturing", started=_now(), planned=planned)
+            self.record.takes.append(take)
+            self.save()
+            return take
+
+    def update(self, number: int, **changes: object) -> None:
+        """Change fields of a take and save."""
+        with self.lock:
+            take = self.take(number)
+            if take is not None:
+                for name, value in changes.items():
+                    setattr(take, name, value)
+                self.save()
+
+    def drop(self, number: int) -> None:
+        """Forget a take of which nothing was stored."""
+        with self.lock:
+            self.record.takes = [take for take in self.record.takes if take.number != number]
+            self.save()
+
+    def accept_weights(self, weights: Path) -> None:
+        with self.lock:
+            self.record.weights = str(weights.relative_to(self.path))
+            self.save()
+
+    def new_training(self) -> Path:
+        """A folder that does not exist yet for a training run."""
+        used = [int(p.name) for p in (self.path / "training").iterdir() if p.name.isdigit()]
+        return self.path / "training" / f"{1 + max(used, default=0):02d}"
+
+    def save(self) -> None:
+        """Write `session.json` whole or not at all."""
+        with self.lock:
+            partial = self._file.with_name(".session.json.partial")
+            with partial.open("w", encoding="utf-8") as file:
+                file.write(self.record.model_dump_json(indent=1) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(self._file)
+
+    def log(self, sentence: str) -> None:
+        """Add a line to `session.log`."""
+        with self.lock, (self.path / "session.log").open("a", encoding="utf-8") as file:
+            file.write(f"{_now()} {sentence}\n")
+
+    def _read(self, camera: str) -> SessionRecord:
+        if not self._file.exists():
+            return SessionRecord(created=_now(), camera=camera)
+        try:
+            record = SessionRecord.model_validate_json(self._file.read_bytes())
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            raise DataError(
+                f"{self._file}: {where}: {first['msg']}; repair it, or move it away (takes and results stay)"
+            ) from None
+        record.camera = camera
+        return record
+
+    def _look_at_takes(self) -> None:
+        """Make the record agree with the files: a killed session leaves takes that it could not write down."""
+        for take in list(self.record.takes):
+            self._judge(take)
+        known = {take.number for take in self.record.takes}
+        for file in sorted((self.path / "takes").glob("*.h5*")):
+            name = file.name.removesuffix(".partial").removesuffix(".h5")
+            if file.suffix != ".lock" and name.isdigit() and int(name) not in known:
+                known.add(int(name))
+                take = Take(number=int(name), status="unfinished", started=_now(), planned=0)
+                self.record.takes.append(take)
+                self._judge(take)
+        self.record.takes.sort(key=lambda take: take.number)
+
+    def _judge(self, take: Take) -> None:
+        path = self.stack(take.number)
+        file = path if path.exists() else partial_path(path)
+        if not file.exists():
+            self.record.takes.remove(take)
+            return
+        try:
+            with FocalStack.open(file, allow_partial=True) as stack:
+                take.frames, take.planned = stack.n_frames, stack.n_planned
+                take.status = "complete" if stack.complete else "unfinished"
+        except DataError as error:
+            take.status, take.problem = "unfinished", str(error)
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S")
