@@ -253,6 +253,8 @@ class _Runner:
         self.previous: FrameSummary | None = None
         self.odd_shape: tuple[int, ...] | None = None  # of the last picture that did not fit the others
         self.odd_drift: float | None = None
+        self.stop_look: FrameSummary | None = None  # live view at the stop, until the lens has left it
+        self.doubted_stop = False
         self.first_level: float | None = None
         self.sharpness: dict[int, float] = {}
         self.unchanged: list[int] = []
@@ -408,11 +410,29 @@ class _Runner:
             return
         before = self.camera.position()
         if capabilities.focus == "relative":
-            report = self.camera.home("near")
-            self.at = self.limits.near if self.limits else 0.0
-            before = report.travelled
+            before = self._home().travelled
         if self.start is None:
             self.start = before
+
+    def _home(self) -> FocusReport:
+        """Drive a relative lens to its near stop, where its count begins."""
+        report = self.camera.home("near")
+        self.at = self.limits.near if self.limits else 0.0
+        self.stop_look = summarise(self.camera.preview(), "srgb", 255.0) if self.previews else None
+        return report
+
+    def _check_left_stop(self, target: float) -> None:
+        """Steps lost on the first move would shift every frame after it unseen; doubted once, then only said."""
+        look, self.stop_look = self.stop_look, None
+        if look is None or self._at_end(target):
+            return
+        if not looks_unchanged(look, summarise(self.camera.preview(), "srgb", 255.0)):
+            return
+        if self.doubted_stop:
+            self._warn("stop_unchanged", f"live view at {target:g} looks like at the stop: did the lens leave it?")
+            return
+        self.doubted_stop = True
+        raise FocusStuck("live view looks as it did at the lens's stop", stage="move_focus")
 
     def _noise_of_previews(self) -> float:
         """Change between two previews of a lens that stands still."""
@@ -535,8 +555,7 @@ class _Runner:
             return
         if not reopen:
             if self._info.capabilities.focus == "relative":
-                self.camera.home("near")
-                self.at = self.limits.near if self.limits else 0.0
+                self._home()
             else:
                 self.at = None
             return
@@ -577,6 +596,7 @@ class _Runner:
         else:
             report = self._approach(target)
         settle_s = self._settle()
+        self._check_left_stop(target)
         frame = self.camera.grab(self._grab_timeout_s())
         return report, settle_s, frame
 

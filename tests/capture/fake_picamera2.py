@@ -70,7 +70,7 @@ class Picamera2:
 
     def _see(self) -> NDArray[np.uint8]:
         """A texture, blurred by the lens position, with noise of its own."""
-        texture = np.random.default_rng(0).normal(128.0, 60.0, (48, 64, 3))
+        texture = np.random.default_rng(0).normal(128.0, 25.0, (48, 64, 3))
         blurred = cv2.GaussianBlur(texture, (0, 0), 0.4 + 0.2 * self._lens)
         noise = np.random.default_rng(self._frames).normal(0.0, 1.0, texture.shape)
         return np.clip(blurred + noise, 0, 255).astype(np.uint8)

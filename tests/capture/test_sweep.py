@@ -39,10 +39,11 @@ STEPS = command_sweep((100.0, 250.0, 400.0, 550.0, 700.0), "step")
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
-    """Back-off times shortened; their number stays."""
+    """Back-off times shortened, their number stays; no waiting for the disk."""
     from capture import sweep
 
     monkeypatch.setattr(sweep, "STILL_POLL_S", 0.001)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # killed_sweep.py, in its own process, keeps it
     monkeypatch.setattr(sweep, "BUSY_WAITS_S", tuple(0.001 for _ in sweep.BUSY_WAITS_S))
     monkeypatch.setattr(sweep, "RETRY_WAITS_S", tuple(0.001 for _ in sweep.RETRY_WAITS_S))
     monkeypatch.setattr(sweep, "REOPEN_WAITS_S", tuple(0.001 for _ in sweep.REOPEN_WAITS_S))
@@ -201,9 +202,10 @@ def test_a_second_writer_is_told_who_holds_the_stack(tmp_path):
 # --- faults
 
 
-def test_every_fault_at_first_middle_and_last_frame(tmp_path):
+@pytest.mark.parametrize("thorough", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_every_fault_at_first_middle_and_last_frame(tmp_path, thorough):
     """The taxonomy table: what heals by itself and what the operator reads otherwise; run with -s to see it."""
-    outcomes = fault_outcomes(tmp_path)
+    outcomes = fault_outcomes(tmp_path, thorough=thorough)
     print_table(outcomes)
     assert {outcome.fault for outcome in outcomes} == set(FAULTS)
     for outcome in outcomes:
