@@ -17,7 +17,9 @@ from torch import Tensor
 from capture.errors import DataError
 from reconstruct.checkpoint import DEFAULT_WEIGHTS, load_weights
 from reconstruct.estimate import Estimate
+from reconstruct.fusion import fuse
 from reconstruct.network import DefaultNet, NetworkOutput, PaperNet, build
+from reconstruct.plane_sweep import expected_error_px
 
 MULTIPLE = 16  # both networks halve the image four times at most
 TILE_PX = 1024  # side of a tile's core
@@ -30,7 +32,7 @@ class TrainedNetwork:
 
     Attributes:
         identity: "default" or the file's name, and the first digits of the weights' SHA-256.
-        std_gain, std_floor_px: calibration of the spread, std = hypot(gain * spread, floor) in px of CoC.
+        std_gain, std_floor_px: calibration, std = hypot(gain * combined spread, floor) in px of CoC.
         about: the whole JSON beside the weights.
     """
 
@@ -89,6 +91,9 @@ def predict(
 ) -> Estimate:
     """What the network makes of one stack.
 
+    The all-in-focus image of the `default` preset is fused from the frames at the network's depth; its own image head
+    serves training (1.7 dB behind on 8 scenes).
+
     Args:
         model: from `load_network`.
         frames: linear RGB, (S, 3, H, W), S >= 2, on the network's device.
@@ -102,22 +107,42 @@ def predict(
     frames = torch.nan_to_num(frames)
     if valid is not None and bool(valid.all()):
         valid = None
-    gain = frames.mean()
+    brightness = frames.mean()
     out = frames.new_empty(5, height, width)
     for core, outer, inside in _tiles(height, width, tile_px):
-        part = None if valid is None else valid[:, outer[0], outer[1]]
-        output = _padded(model.net, frames[:, :, outer[0], outer[1]], focus_dpt, kappa, part, gain)
-        stacked = torch.cat([output.inverse_depth_dpt[0], output.std_dpt[0], output.aif[0]])
-        out[:, core[0], core[1]] = stacked[:, inside[0], inside[1]]
-    kappa_ref = kappa.mean()
-    std_px = torch.hypot(model.std_gain * out[1] * kappa_ref, torch.as_tensor(model.std_floor_px, device=out.device))
-    confidence = torch.nan_to_num(1.0 / (1.0 + std_px.square()))  # no spread, no confidence
+        part = frames[:, :, outer[0], outer[1]]
+        seen = None if valid is None else valid[:, outer[0], outer[1]]
+        output = _padded(model.net, part, focus_dpt, kappa, seen, brightness)
+        depth, std, aif = output.inverse_depth_dpt[0, 0], output.std_dpt[0, 0], output.aif[0]
+        if model.preset == "default":
+            spread_px = combined_spread_px(depth, std, focus_dpt, kappa)
+            std = torch.hypot(model.std_gain * spread_px, spread_px.new_tensor(model.std_floor_px)) / kappa.mean()
+            aif = fuse(part, focus_dpt, kappa, depth, std, valid=seen)
+        out[:, core[0], core[1]] = torch.cat([depth[None], std[None], aif])[:, inside[0], inside[1]]
+    confidence = torch.nan_to_num(1.0 / (1.0 + out[1] * kappa.mean()))  # no spread, no confidence
     inverse_depth = out[0].clamp_min(0.0) if metric else out[0]
-    return Estimate(inverse_depth, std_px / kappa_ref, confidence, out[2:].clamp_min(0.0), metric)
+    return Estimate(inverse_depth, out[1], confidence, out[2:].clamp_min(0.0), metric)
+
+
+def combined_spread_px(depth_dpt: Tensor, std_dpt: Tensor, focus_dpt: Tensor, kappa: Tensor) -> Tensor:
+    """Spread of one map in px of CoC, (H, W): geometric mean of the network's own and of what the map's shape says.
+
+    Each knows what the other does not: on 8 scenes AUSE is 0.33 with the network's spread, 0.28 with the plane
+    sweep's signs of trouble, 0.23 with both.
+    """
+    px_per_dpt = kappa.mean()
+    found = depth_dpt * px_per_dpt
+    signs = expected_error_px(found, found, focus_dpt.min() * px_per_dpt, focus_dpt.max() * px_per_dpt)
+    return (signs * std_dpt * px_per_dpt).sqrt()
 
 
 def _padded(
-    net: DefaultNet | PaperNet, frames: Tensor, focus_dpt: Tensor, kappa: Tensor, valid: Tensor | None, gain: Tensor
+    net: DefaultNet | PaperNet,
+    frames: Tensor,
+    focus_dpt: Tensor,
+    kappa: Tensor,
+    valid: Tensor | None,
+    brightness: Tensor,
 ) -> NetworkOutput:
     """The network's output for (S, 3, H, W) of any size: padded to a multiple of 16 by mirroring, cropped back."""
     height, width = frames.shape[-2:]
@@ -126,7 +151,7 @@ def _padded(
     frames = frames.index_select(-2, rows).index_select(-1, cols)
     if valid is not None:
         valid = valid.index_select(-2, rows).index_select(-1, cols)[None]
-    output = net(frames[None], focus_dpt[None], kappa[None], valid, gain)
+    output = net(frames[None], focus_dpt[None], kappa[None], valid, brightness)
     cropped = (x[..., :height, :width] for x in (output.inverse_depth_dpt, output.std_dpt, output.aif))
     return NetworkOutput(*cropped)
 

@@ -27,6 +27,7 @@ from capture.errors import DataError, UsageError
 from reconstruct.checkpoint import latest_state, load_state, save_state, save_weights
 from reconstruct.dataset import ScenePool, SimulatedBatches, StackBatch
 from reconstruct.network import DefaultNet, NetworkOutput, PaperNet, build, place_hypotheses
+from reconstruct.predict import combined_spread_px
 
 
 class TrainConfig(BaseModel):
@@ -211,7 +212,7 @@ def validate(model: nn.Module, batches: list[StackBatch]) -> dict[str, float]:
 
 
 def calibrate_spread(model: nn.Module, batches: list[StackBatch]) -> dict[str, float]:
-    """Gain and floor that make the spread honest, std = hypot(gain * spread, floor), in px of CoC.
+    """Gain and floor that make the combined spread honest, std = hypot(gain * spread, floor), in px of CoC.
 
     Over the pixels of `batches`, 68 % of the errors shall be below one std; of all such pairs, the one under which a
     Laplace distribution of that std finds the errors likeliest.
@@ -221,11 +222,13 @@ def calibrate_spread(model: nn.Module, batches: list[StackBatch]) -> dict[str, f
     for batch in (batch.to(device) for batch in batches):
         with torch.inference_mode():
             output = model(batch.frames, batch.focus_dpt, batch.kappa)
-        kappa = batch.kappa.mean(1)[:, None, None, None]
-        error = ((output.inverse_depth_dpt - batch.inverse_depth_dpt) * kappa).abs()
-        known = torch.isfinite(error)
-        errors.append(error[known][::7])
-        spreads.append((output.std_dpt * kappa)[known][::7])
+        assert batch.inverse_depth_dpt is not None
+        for b, kappa in enumerate(batch.kappa):
+            depth, truth = output.inverse_depth_dpt[b, 0], batch.inverse_depth_dpt[b, 0]
+            known = torch.isfinite(truth)
+            errors.append(((depth - truth) * kappa.mean()).abs()[known][::7])
+            combined = combined_spread_px(depth, output.std_dpt[b, 0], batch.focus_dpt[b], kappa)
+            spreads.append(combined[known][::7])
     error, spread = torch.cat(errors), torch.cat(spreads)
     best = (math.inf, 1.0, 0.0)
     for floor in (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4):
