@@ -23,7 +23,7 @@ from reconstruct.estimate import Estimate
 from reconstruct.optics import optics_of
 from reconstruct.plane_sweep import estimate_gain, plane_sweep
 
-LOOK_PX = 640  # longer side
+LOOK_PX = 512  # longer side
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Look:
     confident: float
     n_frames: int
     seconds: float
+    cpu_seconds: float
 
 
 def first_look(stack: FocalStack, profile: LensProfile | None, device: torch.device, model: Any = None) -> Look:
@@ -52,7 +53,7 @@ def first_look(stack: FocalStack, profile: LensProfile | None, device: torch.dev
 
     Raises DataError when the lens profile does not fit the stack.
     """
-    began = time.monotonic()
+    began, cpu = time.monotonic(), time.process_time()
     optics = optics_of(stack, profile)
     factor = max(1, round(max(stack.height, stack.width) / LOOK_PX))
     size = stack.width // factor, stack.height // factor
@@ -69,7 +70,7 @@ def first_look(stack: FocalStack, profile: LensProfile | None, device: torch.dev
         kappa = torch.as_tensor(gain, dtype=torch.float32, device=device)
     with torch.inference_mode():
         estimate = _estimate(tensor, focus, kappa, model, optics.metric)
-    return _look(estimate, optics.metric, stack.n_frames, time.monotonic() - began)
+    return _look(estimate, optics.metric, stack.n_frames, time.monotonic() - began, time.process_time() - cpu)
 
 
 def _reduced(stack: FocalStack, i: int, factor: int, size: tuple[int, int]) -> NDArray[np.float32]:
@@ -84,7 +85,7 @@ def _estimate(frames: torch.Tensor, focus: torch.Tensor, kappa: torch.Tensor, mo
     return predict(model, frames, focus, kappa, metric=metric)
 
 
-def _look(estimate: Estimate, metric: bool, n_frames: int, seconds: float) -> Look:
+def _look(estimate: Estimate, metric: bool, n_frames: int, seconds: float, cpu_seconds: float) -> Look:
     inverse = estimate.inverse_depth_dpt.cpu().numpy()
     near_m = far_m = std_m = None
     if metric:
@@ -101,6 +102,7 @@ def _look(estimate: Estimate, metric: bool, n_frames: int, seconds: float) -> Lo
         confident=float((estimate.confidence > 0.5).float().mean()),
         n_frames=n_frames,
         seconds=seconds,
+        cpu_seconds=cpu_seconds,
     )
 
 

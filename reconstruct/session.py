@@ -165,6 +165,7 @@ class Session:
         self.looks: dict[tuple[str, int], Any] = {}
         self.look_version = 0
         self.work: dict[str, Any] = {"text": "", "share": None, "take": None}
+        self.facts: dict[int, dict[str, Any]] = {}
         self.failures: dict[int, str] = {}
         self.training: Training | None = None
         self.held_out: int | None = None
@@ -237,16 +238,22 @@ class Session:
 
     def _news(self, news: News) -> None:
         job = news.job
-        if news.what == "look":
-            key = (job.purpose, job.number) if isinstance(job, LookJob) else ("take", job.number)
-            self.looks[key] = news.content
+        if news.what == "look" and isinstance(job, LookJob):
+            self.looks[job.purpose, job.number] = look = news.content
             self.look_version += 1
-            if isinstance(job, LookJob) and job.stack.suffix != ".partial":
-                self.folder.log(f"take {job.number:03d}: first look {news.content.seconds:.1f} s")
+            if job.purpose == "take":
+                names = ("near_m", "far_m", "std_m", "confident", "n_frames", "seconds")
+                self.facts[job.number] = {name: getattr(look, name) for name in names}
+            if job.stack.suffix != ".partial":
+                self.folder.log(
+                    f"take {job.number:03d}: first look, {look.seconds:.1f} s ({look.cpu_seconds:.1f} s CPU)"
+                )
         elif news.what == "full":
             self.failures.pop(job.number, None)
+            self.facts[job.number] = news.content
+            self.looks.pop(("take", job.number), None)  # from now on the result is shown
             self.look_version += 1
-            self.folder.log(f"take {job.number:03d}: reconstructed ({self.describe_method()})")
+            self.folder.log(f"take {job.number:03d}: reconstructed in {news.content['seconds']:.1f} s")
         elif news.what == "failed" and not (isinstance(job, LookJob) and job.stack.suffix == ".partial"):
             self.failures[job.number] = news.text
             self.folder.log(f"take {job.number:03d}: {news.text}")
@@ -351,10 +358,10 @@ class Session:
             if limits is not None and not limits.contains(position):
                 return f"{message.metres:g} m is beyond the lens's stop"
             self.wishes = self.wishes.changed(**{message.which: position})
-        elif self.camera.position is None:
+        elif self.camera.aim is None:
             return "the position of the lens is not known yet; move the focus once, or type the distance"
         else:
-            self.wishes = self.wishes.changed(**{message.which: self.camera.position})
+            self.wishes = self.wishes.changed(**{message.which: self.camera.aim})
         self.changed()
         return None
 
@@ -524,16 +531,14 @@ class Session:
         }
 
     def _take_facts(self, take: Take) -> dict[str, Any]:
-        look = self.looks.get(("take", take.number))
-        facts = take.model_dump()
-        facts["thumbnails"] = sorted(index for number, index in self.camera.thumbnails if number == take.number)
-        facts["result"] = self.folder.has_result(take.number)
-        facts["failure"] = self.failures.get(take.number)
-        facts["look"] = None
-        if look is not None:
-            names = ("near_m", "far_m", "std_m", "confident", "n_frames", "seconds")
-            facts["look"] = {name: getattr(look, name) for name in names}
-        return facts
+        number = take.number
+        return take.model_dump() | {
+            "thumbnails": sorted(index for taken, index in list(self.camera.thumbnails) if taken == number),
+            "result": self.folder.has_result(number),
+            "look": ("take", number) in self.looks,
+            "facts": self.facts.get(number),
+            "failure": self.failures.get(number),
+        }
 
     def _training_facts(self) -> dict[str, Any] | None:
         training = self.training

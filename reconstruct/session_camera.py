@@ -100,6 +100,7 @@ class CameraThread:
         self.watched: Callable[[], bool] = lambda: False
         self._commands: queue.Queue[Callable[[], None]] = queue.Queue(COMMANDS_WAITING)
         self._wanted: float | None = None
+        self._moving_to: float | None = None
         self._stop: StopRequest | None = None
         self._answered = threading.Event()
         self._quit = threading.Event()
@@ -130,12 +131,17 @@ class CameraThread:
             low, high = sorted((self.limits.near, self.limits.far))
             self._wanted = min(max(position, low), high)
 
+    @property
+    def aim(self) -> float | None:
+        """Where the lens is going, or stands; what a mark means, however fast the keys are pressed."""
+        wanted = self._wanted if self._wanted is not None else self._moving_to
+        return self.position if wanted is None else wanted
+
     def nudge(self, share: float) -> None:
         """Move by `share` of the lens's travel, positive towards far."""
         if self.limits is None:
             return
-        here = self._wanted if self._wanted is not None else self.position
-        start = self.limits.near if here is None else here
+        start = self.limits.near if self.aim is None else self.aim
         step = share * (self.limits.far - self.limits.near)
         if abs(step) < self.limits.step:
             step = math.copysign(self.limits.step, step)
@@ -244,11 +250,14 @@ class CameraThread:
         if not self._homed:
             self.camera.home("near")
             self._homed = True
-        target, self._wanted = self._wanted, None
+        target = self._moving_to = self._wanted
+        self._wanted = None
         assert target is not None
-        report = self.camera.move_focus(target)
-        position = report.commanded if report.position is None else report.position
-        self._set(position=position)
+        try:
+            report = self.camera.move_focus(target)
+        finally:
+            self._moving_to = None
+        self._set(position=report.commanded if report.position is None else report.position)
 
     def _look(self) -> None:
         try:

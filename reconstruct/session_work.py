@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from capture.errors import DaifError
 
-NICE = 5  # below the camera's thread and the page
+TRAINING_NICE = 10  # capture and first looks go before
 RESTARTS = 1  # a job that kills the process twice is given up
 LINES_KEPT = 200
 
@@ -164,15 +164,15 @@ class Reconstructor:
 def _serve(pipe: Connection, device_name: str, warm_weights: str | None) -> None:
     """Child process: import, load, warm up, then answer jobs until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the session decides when to stop
-    if hasattr(os, "nice"):
-        os.nice(NICE)
     import torch
 
+    import reconstruct.first_look
+    import reconstruct.job  # noqa: F401  # imported now, used by the first take
     from reconstruct.device import pick_device
     from reconstruct.plane_sweep import plane_sweep
 
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))  # one core stays with the camera
+    # one core stays with the camera; threads that wait for a core in turn are slower than none
+    torch.set_num_threads(max(1, torch.get_num_threads() - 1))
     device = pick_device(device_name)
     networks = _Networks(device)
     with contextlib.suppress(DaifError):  # said when a take asks for them
@@ -224,9 +224,10 @@ def _look(job: LookJob, networks: _Networks, device: Any) -> Any:
 
 
 def _full(job: FullJob, pipe: Connection) -> dict[str, Any]:
+    import numpy as np
+
     from reconstruct.infer import Settings
-    from reconstruct.job import Job, process_stack
-    from reconstruct.result import json_ready
+    from reconstruct.job import Job, solve, write
 
     settings = Settings(
         method=job.method,  # type: ignore[arg-type]
@@ -243,8 +244,19 @@ def _full(job: FullJob, pipe: Connection) -> dict[str, Any]:
             told = time.monotonic()
             pipe.send(News("progress", job, what, share))
 
-    record = process_stack(str(job.stack), work, tell)
-    return json_ready({key: record.get(key) for key in ("summary", "metric", "method", "warnings")})
+    solved = solve(str(job.stack), work, tell)
+    record = write(solved, work)
+    answer = solved.answer
+    near_m, far_m = answer.near_far()
+    return {
+        "near_m": near_m if answer.metric else None,
+        "far_m": far_m if answer.metric else None,
+        "std_m": float(np.nanmedian(answer.depth_std)) if answer.metric else None,
+        "confident": float((answer.confidence > 0.5).mean()),
+        "n_frames": len(answer.focus_dpt),
+        "seconds": record["summary"]["seconds"],
+        "warnings": record["warnings"],
+    }
 
 
 class Training:
@@ -276,7 +288,7 @@ class Training:
         )
         if hasattr(os, "setpriority"):
             with contextlib.suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, self._child.pid, 2 * NICE)
+                os.setpriority(os.PRIO_PROCESS, self._child.pid, TRAINING_NICE)
         self._readers = [
             threading.Thread(target=self._read, args=(self._child.stderr, self.lines.append), daemon=True),
             threading.Thread(target=self._read, args=(self._child.stdout, self.table.append), daemon=True),

@@ -108,6 +108,7 @@ FAULTS: dict[str, tuple[Stage, CameraError | None]] = {
 NEEDS_REOPEN = ("disconnect", "crash", "timeout")
 DRIFT_FACTOR = 1.4
 CACHED_FRAMES = 16
+PREVIEW_WIDTH_PX = 480
 BASE_EXPOSURE_S, BASE_ISO = 0.01, 100.0
 
 
@@ -379,7 +380,8 @@ class SimulatedCamera:
     def preview(self) -> NDArray[np.uint8]:
         self._check()
         light = self._view() * np.float32(self._brightness())
-        size = (160, max(round(160 * light.shape[0] / light.shape[1]), 1))
+        width = min(PREVIEW_WIDTH_PX, light.shape[1])
+        size = (width, max(round(width * light.shape[0] / light.shape[1]), 1))
         return to_srgb8(cv2.resize(light, size, interpolation=cv2.INTER_AREA))
 
     def close(self) -> None:
