@@ -323,9 +323,10 @@ def test_capture_end_to_end_on_real_libgphoto2(rig, tmp_path):
             assert exif.f_number == 4.0
             distances.append(exif.focus_distance_m)
         # the gear has 20 units of play: taken up towards near at the stop, towards far at every frame after it
-        expected = [1.0 / focus_dpt_at(20 if steps == 0 else 10 * steps - 20) for steps in range(0, 300, 29)]
-        np.testing.assert_allclose(distances, expected, rtol=2e-3)
-        check_peaks(found, 1.0 / np.array(distances))
+        focus_dpt = [focus_dpt_at(20 if steps == 0 else 10 * steps - 20) for steps in range(0, 300, 29)]
+        from_sensor_m = [1.0 / q + 0.050 / (1.0 - 0.050 * q) for q in focus_dpt]
+        np.testing.assert_allclose(distances, from_sensor_m, rtol=2e-3)
+        check_peaks(found, np.array(focus_dpt))
     assert abs(state(rig)["units"] - 900) <= 50  # back where it stood, as well as a relative lens can know
 
 

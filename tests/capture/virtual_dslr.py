@@ -141,7 +141,9 @@ def write_picture(data: bytes | None = None) -> None:
             ".jpg", (srgb[..., ::-1] * 255 + 0.5).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, 97]
         )
         assert done
-        data = with_exif(jpeg.tobytes(), exif(1.0 / focus_dpt))
+        data = with_exif(
+            jpeg.tobytes(), exif(1.0 / focus_dpt + LENS.image_distance_m(focus_dpt))
+        )  # cameras count from the sensor
     PICTURES.mkdir(parents=True, exist_ok=True)
     temporary = FOLDER / "picture.tmp"
     temporary.write_bytes(data.ljust(FILE_BYTES, b"\0"))
