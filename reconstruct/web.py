@@ -121,6 +121,7 @@ def serve(app: ASGIApp, host: str, port: int, ready: Callable[[str], None]) -> N
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen(128)  # before the URL is out: whoever opens it early waits instead of being refused
     except OSError as error:
         raise UsageError(f"cannot listen on {host}:{port} ({error.strerror}); choose another --port") from None
     token = secrets.token_urlsafe(24)
