@@ -42,3 +42,40 @@ def _separable(image: Tensor, kernel: Tensor) -> Tensor:
     cols = mirrored(image.shape[2], radius, image.shape[2] + 2 * radius, image.device)
     padded = image[:, rows][:, :, cols][:, None]
     return F.conv2d(F.conv2d(padded, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1))[:, 0]
+
+
+def edge_aware_mean(values: Tensor, down: Tensor, right: Tensor, strength: float, iterations: int = 3) -> Tensor:
+    """`values` (C, H, W) smoothed along links of 0 (cut) to 1 between neighbours, as float32.
+
+    The fast global smoother (Min et al. 2014): (I + strength L) u = values, L being the links' Laplacian, solved
+    along rows and columns in turn with falling strength, so that no streaks stay. The reach is about
+    sqrt(strength) pixels where nothing is cut.
+
+    Args:
+        down: link of each pixel to the one below, (H - 1, W).
+        right: link of each pixel to the one to its right, (H, W - 1).
+    """
+    right = right.T.contiguous()
+    for left in range(iterations - 1, -1, -1):
+        share = 1.5 * 4.0**left / (4.0**iterations - 1) * strength
+        values = _tridiagonal(values.permute(2, 0, 1).contiguous(), share * right).permute(1, 2, 0)
+        values = _tridiagonal(values.permute(1, 0, 2).contiguous(), share * down).permute(1, 0, 2)
+    return values
+
+
+def _tridiagonal(values: Tensor, link: Tensor) -> Tensor:
+    """u (T, C, X) of u_t + link_t (u_t - u_t+1) + link_t-1 (u_t - u_t-1) = values_t; `link` (T - 1, X)."""
+    end = torch.zeros_like(values[:1, 0])
+    inverse = 1 + torch.cat((link, end)) + torch.cat((end, link))  # the diagonal, until its line is reached
+    carried = torch.empty_like(link)
+    solved = torch.empty_like(values)
+    inverse[0].reciprocal_()
+    torch.mul(values[0], inverse[0], out=solved[0])
+    for t in range(1, len(values)):
+        torch.mul(link[t - 1], inverse[t - 1], out=carried[t - 1])
+        inverse[t].addcmul_(link[t - 1], carried[t - 1], value=-1).reciprocal_()
+        torch.addcmul(values[t], link[t - 1], solved[t - 1], out=solved[t])
+        solved[t].mul_(inverse[t])
+    for t in range(len(values) - 2, -1, -1):
+        solved[t].addcmul_(carried[t], solved[t + 1])
+    return solved
