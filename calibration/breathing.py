@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from calibration.edges import CalibrationError, Similarity
 
 MAX_DEGREE = 3
-MOVED_PX = 0.3
+MOVED_PX = 0.5
 
 FloatArray = NDArray[np.float64]
 
@@ -58,14 +58,14 @@ def fit_breathing(
     positions: Sequence[FloatArray],
     geometry: Sequence[Sequence[Similarity | None]],
     names: Sequence[str],
-    arm_px: float,
+    arms_px: Sequence[float],
 ) -> BreathingCurve:
     """The curve that the frames of all sweeps agree on; `CalibrationError` when a board moved.
 
     Args:
         positions: motor positions of every sweep's frames.
         geometry: of every frame relative to its sweep's sharpest one.
-        arm_px: typical distance of the board's corners from the image centre, to turn scale into pixels.
+        arms_px: typical distance of each sweep's corners from the image centre, to turn scale into pixels.
     """
     rows = [
         (k, float(positions[k][i]), np.log(similarity.scale), similarity.shift_x_px, similarity.shift_y_px)
@@ -81,16 +81,16 @@ def fit_breathing(
     basis = _basis(position, low, high, degree) - _basis(reference, low, high, degree)
     # a sweep's own sharpest frame is its zero, so every sweep has an offset in log scale and in shift
     design = np.column_stack([basis[:, 1:], sweep[:, None] == np.arange(len(geometry))[None, :]]).astype(np.float64)
-    solutions, residuals = [], []
+    arm = np.asarray(arms_px, np.float64)[sweep]
+    to_px = np.column_stack([arm, np.ones(len(table)), np.ones(len(table))])
+    precise = arm / arm.max()  # a small board tells scale less well
     weight = np.ones(len(table))
     for _ in range(6):
-        root = np.sqrt(weight)[:, None]
+        root = (np.sqrt(weight) * precise)[:, None]
         solution = np.linalg.lstsq(design * root, values * root, rcond=None)[0]
-        left = (values - design @ solution) * np.array([arm_px, 1.0, 1.0])
+        left = (values - design @ solution) * to_px
         error = np.sqrt(np.sum(left**2, axis=1))
         weight = 1.0 / (1.0 + (error / max(3.0 * float(np.median(error)), 0.02)) ** 2)
-        solutions, residuals = [solution], [error]
-    solution, error = solutions[0], residuals[0]
     worst = int(np.argmax(error))
     if error[worst] > MOVED_PX and error[worst] > 5.0 * float(np.median(error)):
         k = int(sweep[worst])
@@ -105,8 +105,8 @@ def fit_breathing(
     dof = max(len(table) - design.shape[1], 1)
     scatter = float(np.sqrt(np.sum(weight * error**2) / dof))
     covariance = np.zeros((degree + 1, degree + 1))
-    normal = np.linalg.pinv(design.T @ (design * weight[:, None]), hermitian=True)
-    covariance[1:, 1:] = normal[:degree, :degree] * (scatter / arm_px) ** 2
+    normal = np.linalg.pinv(design.T @ (design * (weight * precise**2)[:, None]), hermitian=True)
+    covariance[1:, 1:] = normal[:degree, :degree] * (scatter / arm.max()) ** 2
     return BreathingCurve(low, high, reference, coefficients, covariance, scatter)
 
 

@@ -345,9 +345,10 @@ def _check_dropped(stacks: Sequence[BoardStack], blurs: Sequence[PatchBlur]) -> 
 def _curve(
     stacks: Sequence[BoardStack], blurs: Sequence[PatchBlur], names: Sequence[str], shape: tuple[int, int]
 ) -> BreathingCurve:
-    return fit_breathing(
-        [stack.sweep.positions for stack in stacks], [blur.geometry for blur in blurs], names, 0.35 * max(shape)
-    )
+    center = np.array([(shape[1] - 1) / 2, (shape[0] - 1) / 2])
+    arms = [float(np.sqrt(np.mean(np.sum((blur.corner_px - center) ** 2, axis=1)))) for blur in blurs]
+    positions = [stack.sweep.positions for stack in stacks]
+    return fit_breathing(positions, [blur.geometry for blur in blurs], names, arms)
 
 
 def _given_focal(stacks: Sequence[BoardStack], focal_px: Measured | None, binning: int) -> Measured | None:

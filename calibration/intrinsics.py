@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from calibration.edges import CalibrationError
 from capture.lens import Intrinsics, Measured
 
-GOOD_RATIO = 0.01  # relative standard error of the focal length up to which the boards are believed
+GOOD_RATIO = 0.03  # relative standard error of the focal length up to which the boards are believed
 NOMINAL_RATIO = 0.03  # of a focal length written on the lens: rounded, and shorter when focused near
 SYSTEMATIC_RATIO = 1e-3  # flatness of the board and the like: never better than this
-CORNER_STD_PX = 0.1
+CORNER_STD_PX = 0.05
 PRINCIPAL_POINT_RATIO = 0.01  # of the width; where the sensor sits behind a lens when nothing else is known
 
 FloatArray = NDArray[np.float64]
@@ -72,7 +72,9 @@ def estimate_intrinsics(
             matrix, bend, std = matrix_free, bend_free, std_free
         else:
             free_center = False
-    focal, focal_std = float(matrix[0, 0]), float(np.hypot(std[0], SYSTEMATIC_RATIO * matrix[0, 0]))
+    focal = float(matrix[0, 0])
+    # with a fixed aspect ratio OpenCV reports the error at fy and leaves 0 at fx
+    focal_std = float(np.hypot(max(std[0], std[1]), SYSTEMATIC_RATIO * focal))
     if not free_center:
         # an off-centre principal point looks like tilt: its usual size is added to the focal length's error
         camera[:2, 2] += 0.5 * PRINCIPAL_POINT_RATIO * width

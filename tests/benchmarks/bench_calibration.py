@@ -1,0 +1,183 @@
+"""How well a lens is calibrated: errors and coverage over noise and board distances, on measurements and on images.
+
+The configurations here were never used to choose a threshold: development was on `Truth()` and on the cameras of
+tests/calibration. `--speed` times four sweeps of eleven frames of 24 megapixels (needs 2 GB of disk).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from calibration.board import Board
+from calibration.calibrate import BoardStack, calibrate, load_board_stack
+from calibration.edges import CalibrationError, Sweep
+from calibration.fit import fit_blur
+from capture.lens import Measured
+from capture.stack import StackWriter
+from tests.calibration.board_camera import BoardCamera
+from tests.calibration.measurements import Truth
+
+BOARDS = {
+    "1 tilted": [(0.9, 0.14)],
+    "2": [(0.8, 0.01), (1.5, 0.02)],
+    "3": [(0.68, 0.01), (0.95, 0.015), (1.7, 0.01)],
+    "4": [(0.66, 0.01), (0.85, 0.02), (1.15, 0.01), (1.9, 0.01)],
+    "6": [(0.64, 0.01), (0.74, 0.01), (0.88, 0.01), (1.08, 0.02), (1.35, 0.01), (2.0, 0.01)],
+}
+STEPS = np.linspace(0, 1000, 11)
+LENSES = [
+    Truth(pupil_m=0.0118, bend=-0.3, cubic=0.35, breathing=-0.06, floor_px=2.2, jitter_dpt=0.0015),
+    Truth(pupil_m=0.0245, bend=0.45, cubic=-0.2, breathing=0.03, floor_px=1.1, jitter_dpt=0.0),
+]
+CAMERAS = [
+    (
+        BoardCamera(
+            height=360, width=540, pupil_m=0.0125, focal_px=1150.0, breathing=-0.7, bend=-0.3, floor_px=0.8, noise=0.01
+        ),
+        [{"distance_m": 0.7, "tilt_deg": -4}, {"distance_m": 1.1, "turn_deg": 30, "roll_deg": 6}, {"distance_m": 1.7}],
+    ),
+    (
+        BoardCamera(height=360, width=540, pupil_m=0.016, focal_px=1200.0, floor_px=0.35, noise=0.02, bits=8),
+        [{"distance_m": 0.8, "tilt_deg": 5}, {"distance_m": 1.45, "turn_deg": -6}],
+    ),
+    (
+        BoardCamera(height=360, width=540, pupil_m=0.018, focal_px=1150.0, bend=0.4, floor_px=0.6, noise=0.005),
+        [{"distance_m": 0.9, "tilt_deg": 52, "roll_deg": 3}],
+    ),
+]
+
+
+def measurement_table(n_seeds: int) -> list[dict[str, float | str]]:
+    """Rows of errors and coverage by number of boards and noise, over `LENSES` and seeds."""
+    rows = []
+    for name, boards in BOARDS.items():
+        for noise in (0.005, 0.01, 0.02):
+            gain, focus, gain_hit, focus_hit, refused = [], [], [], [], 0
+            for n_lens, lens in enumerate(LENSES):
+                truth = Truth(**{**vars(lens), "noise": noise})
+                for seed in range(n_seeds // len(LENSES)):
+                    try:
+                        fit = fit_blur(truth.observe(boards, STEPS, 1000 * n_lens + seed + 500))
+                    except CalibrationError:
+                        refused += 1
+                        continue
+                    error = fit.law(STEPS) - truth.focus_dpt(STEPS)
+                    gain.append(fit.pupil_m / truth.pupil_m - 1)
+                    focus.append(np.sqrt(np.mean(error**2)) / (truth.near_dpt - truth.far_dpt))
+                    gain_hit.append(abs(fit.pupil_m - truth.pupil_m) < 1.96 * fit.pupil_std_m)
+                    focus_hit.append(np.mean(np.abs(error) < 1.96 * fit.focus_std_dpt(STEPS)))
+            rows.append(
+                {
+                    "boards": name,
+                    "noise": noise,
+                    "gain_rms_percent": 100 * float(np.sqrt(np.mean(np.square(gain)))),
+                    "gain_worst_percent": 100 * float(np.max(np.abs(gain))),
+                    "focus_rms_percent": 100 * float(np.sqrt(np.mean(np.square(focus)))),
+                    "focus_worst_percent": 100 * float(np.max(focus)),
+                    "gain_coverage": float(np.mean(gain_hit)),
+                    "focus_coverage": float(np.mean(focus_hit)),
+                    "refused": refused,
+                }
+            )
+            print("{boards:>9} {noise:6.3f} {gain_rms_percent:9.3f} {gain_worst_percent:7.3f} {focus_rms_percent:9.3f} "
+                  "{focus_worst_percent:7.3f} {gain_coverage:9.2f} {focus_coverage:7.2f} {refused:5d}".format(**rows[-1]), flush=True)  # fmt: skip
+    return rows
+
+
+def image_table(n_seeds: int) -> list[dict[str, float | str]]:
+    """The same from rendered frames: detection, templates, floor, fit."""
+    board = Board(square_m=0.04, measured=True)
+    rows = []
+    for number, (camera, poses) in enumerate(CAMERAS):
+        for seed in range(n_seeds):
+            stacks = []
+            for k, pose in enumerate(poses):
+                images = camera.sweep(board, camera.pose(board, **pose), STEPS, seed=7000 + 10 * seed + k)
+                stacks.append(
+                    BoardStack(
+                        Sweep(f"{k}", images, STEPS, board), Path(f"{k}"), "", "step", 1, images.shape[1:], None, "", ()
+                    )
+                )
+            focal = float(camera.focal_at(500))
+            start = time.process_time()
+            found = calibrate(stacks, focal_px=Measured(value=focal, std=1e-3 * focal, source="user")).profile
+            error = found.focus_dpt(STEPS) - camera.focus_dpt(STEPS)
+            rows.append(
+                {
+                    "camera": number,
+                    "boards": len(poses),
+                    "seed": seed,
+                    "gain_percent": 100 * (found.pupil_diameter_m.value / camera.pupil_m - 1),
+                    "gain_interval_percent": 196 * found.pupil_diameter_m.std / camera.pupil_m,
+                    "focus_rms_percent": 100 * float(np.sqrt(np.mean(error**2))) / (camera.near_dpt - camera.far_dpt),
+                    "focus_coverage": float(np.mean(np.abs(error) < 1.96 * found.optics(STEPS).focus_std_dpt)),
+                    "seconds": time.process_time() - start,
+                }
+            )
+            print("{camera:6d} {boards:6d} {seed:4d} {gain_percent:+8.3f} +-{gain_interval_percent:.3f} {focus_rms_percent:9.3f} "
+                  "{focus_coverage:7.2f} {seconds:7.1f}".format(**rows[-1]), flush=True)  # fmt: skip
+    return rows
+
+
+def speed(folder: Path) -> dict[str, float]:
+    """CPU and wall seconds and peak memory of calibrating 4 sweeps x 11 frames x 24 megapixels."""
+    camera, poses = CAMERAS[0]
+    board = Board(square_m=0.04, measured=True)
+    paths = []
+    for k, pose in enumerate(poses[:2]):
+        images = camera.sweep(board, camera.pose(board, **pose), STEPS, seed=k)
+        path = folder / f"sweep{k}.h5"
+        with StackWriter.create(
+            path, n_frames=11, height=4000, width=6000, transfer="linear", board=board.model_dump(), sync=False
+        ) as writer:
+            for i, image in enumerate(images):
+                large = cv2.resize((image * 255).astype(np.uint8), (6000, 4000), interpolation=cv2.INTER_LINEAR)
+                writer.append(i, np.repeat(large[..., None], 3, axis=2), focus_command=float(STEPS[i]))
+            writer.finish()
+        paths.append(path)
+    cpu, wall = time.process_time(), time.perf_counter()
+    stacks = [load_board_stack(path) for path in (*paths, *paths)]
+    load_wall = time.perf_counter() - wall
+    calibrate(stacks, focal_px=Measured(value=float(camera.focal_at(500)) * 6000 / 540, std=5.0, source="user"))
+    return {
+        "cpu_s": time.process_time() - cpu,
+        "wall_s": time.perf_counter() - wall,
+        "of_which_reading_s": load_wall,
+        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }
+
+
+def main(argv: list[str]) -> None:
+    """Print the tables and write bench-results/calibration.json."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--image-seeds", type=int, default=2)
+    parser.add_argument("--speed", action="store_true", help="only the time of a calibration from 24 megapixels")
+    options = parser.parse_args(argv)
+    out = Path("bench-results")
+    out.mkdir(exist_ok=True)
+    if options.speed:
+        with tempfile.TemporaryDirectory() as folder:
+            result = speed(Path(folder))
+        print(result)
+        (out / "calibration_speed.json").write_text(json.dumps(result, indent=1))
+        return
+    print("measurement level, percent of gain and of the dioptre range")
+    print("   boards  noise  gain rms   worst focus rms   worst  gain cov foc.cov refused")
+    measured = measurement_table(options.seeds)
+    print("image level\ncamera boards seed     gain  +-95 %  focus rms  cover  CPU s")
+    images = image_table(options.image_seeds)
+    (out / "calibration.json").write_text(json.dumps({"measurements": measured, "images": images}, indent=1))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
