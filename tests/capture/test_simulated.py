@@ -147,7 +147,7 @@ def test_live_view_is_needed_when_asked_for():
             camera.move_focus(camera.focus_range().far)
         camera.set_live_view(True)
         camera.move_focus(camera.focus_range().far)
-        assert camera.preview().dtype == np.uint8 and camera.preview().shape == (120, 160, 3)
+        assert camera.preview().dtype == np.uint8 and camera.preview().shape == (72, 96, 3)
 
 
 def test_exposure_is_locked_read_back_and_scales_the_light():
