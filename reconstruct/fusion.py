@@ -35,6 +35,7 @@ def fuse(
     std_dpt: Tensor,
     *,
     valid: Tensor | None = None,
+    noise: Tensor | None = None,
 ) -> Tensor:
     """All-in-focus image, linear RGB (3, H, W), of `frames` (S, 3, H, W) whose depth is known.
 
@@ -43,18 +44,15 @@ def fuse(
         kappa: blur gain of each frame, (S,), pixels of CoC diameter per dioptre.
         inverse_depth_dpt, std_dpt: depth and its standard error, (H, W).
         valid: pixels that hold data, (S, H, W); None when all finite ones do.
+        noise: variance of the pixel noise of one channel; None measures it.
     """
-    mask = usable_mask(torch.isfinite(frames).all(1), valid)
+    frames, mask = filled_frames(frames, valid)
     seen = mask.sum(0)
-    filled = torch.where(mask[:, None], frames, 0.0)
-    average = filled.sum((0, 2, 3)) / seen.sum().clamp_min(1)
-    common = torch.where(seen > 0, filled.sum(0) / seen.clamp_min(1), average[:, None, None])
-    frames = torch.where(mask[:, None], frames, common)
     gain, focus = kappa[:, None, None], focus_dpt[:, None, None]
     coc = torch.hypot(gain * (focus - inverse_depth_dpt), DEPTH_CAUTION * gain * std_dpt)
     sharpest = torch.where(mask, coc, torch.inf).argmin(0)
     usable = mask | (seen == 0)
-    noise = _noise_variance(frames)
+    noise = channel_noise_variance(frames) if noise is None else noise
     aif = torch.zeros_like(frames[0])
     coarse, finer_sigma = frames, 0.0
     for sigma, frequency in zip(BAND_SIGMAS_PX, BAND_FREQUENCIES, strict=True):
@@ -75,6 +73,16 @@ def fuse(
     weight = usable / (coarse_noise + (MODEL_ERROR * coc).square() * signal)
     aif += _weighted_sum(weight, coarse) / weight.sum(0)
     return aif.clamp_min(0.0)
+
+
+def filled_frames(frames: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`frames` (S, 3, H, W) with holes filled by the frames that see the pixel, and where they hold data (S, H, W)."""
+    mask = usable_mask(torch.isfinite(frames).all(1), valid)
+    seen = mask.sum(0)
+    filled = torch.where(mask[:, None], frames, 0.0)
+    average = filled.sum((0, 2, 3)) / seen.sum().clamp_min(1)
+    common = torch.where(seen > 0, filled.sum(0) / seen.clamp_min(1), average[:, None, None])
+    return torch.where(mask[:, None], frames, common), mask
 
 
 def usable_mask(finite: Tensor, valid: Tensor | None) -> Tensor:
@@ -121,7 +129,7 @@ def _noise_share(finer_sigma: float, sigma: float) -> float:
     return max(left(finer_sigma) + left(sigma) - 2 * cross, 0.01)
 
 
-def _noise_variance(frames: Tensor) -> Tensor:
+def channel_noise_variance(frames: Tensor) -> Tensor:
     """Variance of the pixel noise of one channel of `frames` (S, 3, H, W), a scalar."""
     return torch.stack([noise_variance(frames[:, c]) for c in range(3)]).mean()
 

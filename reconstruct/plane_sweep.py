@@ -3,7 +3,7 @@
     cost_volume(frames (B, S, 3, H, W), focus_dpt (B, S), kappa (B, S), hypotheses_dpt (N,) or (B, N),
                 *, valid=None (B, S, H, W), psf="disc", window_px=5) -> (B, N, H, W) float32
     hypotheses(focus_dpt (S,), kappa (S,), count, beyond_px=2.0) -> (count,) dioptres, uniform, ascending
-    plane_sweep(frames (S, 3, H, W), focus_dpt (S,), kappa (S,), *, valid=None (S, H, W), config) -> Estimate
+    plane_sweep(frames (S, 3, H, W), focus_dpt (S,), kappa (S,), *, valid=None (S, H, W), config, context) -> Estimate
 
 If a pixel lies at inverse depth q, the blur of every frame there is known: CoC_k = kappa_k (q_k - q). The frame that
 would be sharpest is then blurred to what each other frame should look like; no deconvolution is needed, because
@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reconstruct.estimate import Estimate
-from reconstruct.fusion import fuse, noise_variance, usable_mask
+from reconstruct.fusion import channel_noise_variance, filled_frames, fuse, noise_variance, usable_mask
 from reconstruct.smoothing import box_mean, edge_aware_mean, mirrored
 
 Psf = Literal["disc", "gaussian"]
@@ -36,6 +36,7 @@ FINEST_LEVEL_PX = 1.0
 SHEET_STRENGTH = 30.0  # of the smoothing that carries depth into places without texture; reach of a few px a sweep
 SHEET_EDGE = 60.0  # how fast an image edge cuts it; per unit of the square root of linear light
 SHEET_STEP = 0.5  # how fast a depth step cuts it; per pixel of CoC
+SHEET_MOST_PX = 3.0  # larger depth steps cut no more: without texture they are wild guesses, not edges
 DETAIL_SIGMA_PX = 2.0  # what a Gaussian of this width leaves is compared
 
 
@@ -62,6 +63,28 @@ class SweepConfig:
     edge: float = 8.0
 
 
+class Photometry(NamedTuple):
+    """What the whole picture says of its frames, so that its tiles are treated alike.
+
+    Attributes:
+        exposure: factor per frame that brings all to one exposure, (S,).
+        luma_noise: variance of the pixel noise of the mean of the channels, after that factor; a scalar.
+        noise: variance of the pixel noise of one channel, a scalar.
+    """
+
+    exposure: Tensor
+    luma_noise: Tensor
+    noise: Tensor
+
+
+def photometry(frames: Tensor, valid: Tensor | None = None) -> Photometry:
+    """The `Photometry` of `frames` (S, 3, H, W), `valid` (S, H, W)."""
+    luma, _ = filled_luma(frames, valid)
+    exposure = relative_exposure(luma)
+    noise = channel_noise_variance(filled_frames(frames, valid)[0])
+    return Photometry(exposure, noise_variance(luma * exposure[:, None, None]), noise)
+
+
 def plane_sweep(
     frames: Tensor,
     focus_dpt: Tensor,
@@ -69,23 +92,21 @@ def plane_sweep(
     *,
     valid: Tensor | None = None,
     config: SweepConfig | None = None,
+    context: Photometry | None = None,
 ) -> Estimate:
     """Depth, its spread and the all-in-focus image of one stack; see `cost_volume` for the arguments without B.
 
-    frames (S, 3, H, W), focus_dpt and kappa (S,), valid (S, H, W). Memory: 1.2 GB a megapixel (measured, 5
+    frames (S, 3, H, W), focus_dpt and kappa (S,), valid (S, H, W); `context` where the frames are a tile of a larger
+    picture, which has its own exposure and noise. Memory: 1.2 GB a megapixel (measured, 5
     frames, 32 hypotheses), growing with both numbers; larger images are cut into tiles (`reconstruct/infer.py`).
     """
     config = config or SweepConfig()
     tested = hypotheses(focus_dpt, kappa, config.hypotheses, config.beyond_px).to(frames.device)
-    cost = cost_volume(
-        frames[None],
-        focus_dpt[None],
-        kappa[None],
-        tested,
-        valid=None if valid is None else valid[None],
-        psf=config.psf,
-        window_px=config.window_px,
-    )[0]
+    context = context or photometry(frames, valid)
+    luma, mask = filled_luma(frames, valid)
+    luma = luma * context.exposure[:, None, None]
+    holes = None if bool(mask.all()) else mask
+    cost = _stack_cost(luma, holes, context.luma_noise, focus_dpt, kappa, tested, config.psf, config.window_px)
     guide = torch.nan_to_num(frames).clamp_min(0).mean(1).median(0).values.sqrt()
     total = semi_global(cost, guide, config.small_step, config.jump, config.edge)
     px_per_dpt = kappa.mean()
@@ -100,7 +121,7 @@ def plane_sweep(
     inverse_depth, error_px = spread_evidence(found, rough_error_px, px_per_dpt, sharp)
     std = error_px / px_per_dpt
     confidence = 1.0 / (1.0 + error_px)
-    aif = fuse(frames, focus_dpt, kappa, inverse_depth, std, valid=valid)
+    aif = fuse(frames, focus_dpt, kappa, inverse_depth, std, valid=valid, noise=context.noise)
     return Estimate(inverse_depth, std, confidence, aif)
 
 
@@ -173,7 +194,10 @@ def spread_evidence(found_dpt: Tensor, error_px: Tensor, px_per_dpt: Tensor, sha
     """
     guide, depth_px = sharp.sqrt(), found_dpt * px_per_dpt
     down, right = (
-        torch.exp(-SHEET_EDGE * torch.diff(guide, dim=d).abs() - SHEET_STEP * torch.diff(depth_px, dim=d).abs())
+        torch.exp(
+            -SHEET_EDGE * torch.diff(guide, dim=d).abs()
+            - SHEET_STEP * torch.diff(depth_px, dim=d).abs().clamp_max(SHEET_MOST_PX)
+        )
         for d in (0, 1)
     )
     weight = error_px.pow(-2)
@@ -239,14 +263,15 @@ def cost_volume(
     volumes = []
     for b in range(frames.shape[0]):
         tested = hypotheses_dpt if hypotheses_dpt.ndim == 1 else hypotheses_dpt[b]
-        luma, mask = prepared_luma(frames[b], None if valid is None else valid[b])
-        cost = _stack_cost(luma, mask, focus_dpt[b], kappa[b], tested, psf, window_px)
+        luma, mask = filled_luma(frames[b], None if valid is None else valid[b])
+        luma = luma * relative_exposure(luma)[:, None, None]
+        cost = _stack_cost(luma, mask, noise_variance(luma), focus_dpt[b], kappa[b], tested, psf, window_px)
         volumes.append(cost)
     return torch.stack(volumes)
 
 
-def prepared_luma(frames: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Brightness of `frames` (S, 3, H, W) with holes filled and exposure equalised, (S, H, W), and where it is data.
+def filled_luma(frames: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Brightness of `frames` (S, 3, H, W) with holes filled, (S, H, W), and where it is data (1, else 0).
 
     Holes (not `valid`, or not finite) take the mean of the frames that see the pixel, so that blurring beside them
     mixes in something plausible; they carry no weight themselves.
@@ -259,7 +284,7 @@ def prepared_luma(frames: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor 
     overall = luma.sum() / mask.sum().clamp_min(1)
     common = torch.where(seen > 0, common, overall)
     luma = torch.where(mask, luma, common)
-    return luma * relative_exposure(luma)[:, None, None], mask.float()
+    return luma, mask.float()
 
 
 def relative_exposure(luma: Tensor) -> Tensor:
@@ -344,6 +369,7 @@ def _transfer(height: int, width: int, diameter_px: float, psf: Psf, device: str
 def _stack_cost(
     luma: Tensor,
     mask: Tensor | None,
+    noise: Tensor,
     focus_dpt: Tensor,
     kappa: Tensor,
     tested_dpt: Tensor,
@@ -354,7 +380,7 @@ def _stack_cost(
     focus, gain, tested = (x.detach().cpu().double().numpy() for x in (focus_dpt, kappa, tested_dpt))
     coc_px = np.abs(gain[:, None] * (focus[:, None] - tested[None]))  # (S, N)
     levels = BlurLevels(luma, float(coc_px.max()), psf)
-    noise = noise_variance(luma) * levels.noise_share
+    noise = noise * levels.noise_share
     n_frames = len(focus)
     cost = torch.empty((len(tested), *luma.shape[1:]), device=luma.device)
     for n in range(len(tested)):
