@@ -309,9 +309,10 @@ class Training:
         self._waiter.join(5.0)
 
     def _read(self, stream: Any, keep: Callable[[str], None]) -> None:
-        for line in stream:
-            keep(line.rstrip())
-            self.changed()
+        with stream:
+            for line in stream:
+                keep(line.rstrip())
+                self.changed()
 
     def _wait(self) -> None:
         code = self._child.wait()

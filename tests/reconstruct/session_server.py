@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +47,16 @@ class Server:
 
 
 @contextlib.contextmanager
-def session(out: Path, camera: str, *options: str) -> Iterator[Server]:
+def session(
+    out: Path,
+    camera: str,
+    *options: str,
+    program: Sequence[str] = ("-c", PROGRAM),
+    env: Mapping[str, str] | None = None,
+) -> Iterator[Server]:
     """A running session; ended, if need be killed, on the way out."""
-    command = [sys.executable, "-c", PROGRAM, "session", "--camera", camera, "-o", str(out), "--no-browser", *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *program, "session", "--camera", camera, "-o", str(out), "--no-browser", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     try:
         assert process.stdout is not None

@@ -81,81 +81,87 @@ def mark(shown):
 
 def test_a_whole_session_by_keyboard(tmp_path, artefacts):
     """Marks, plan, sweep, depth on screen, an unplugged camera, resume."""
-    with session(tmp_path / "studio", CAMERA + "&fault=disconnect@8x4", "--method", "plane-sweep") as server:
-        with screen(server, artefacts) as shown:
-            page = shown.page
-            page.keyboard.press("?")
-            assert page.is_visible("#help")
-            page.keyboard.press("Escape")
-            mark(shown)
-            assert page.locator("#range circle").count() == page.evaluate("state.plan.count")
-            wide_open = page.evaluate("state.plan.frames[0].typical_m")
-            page.fill("#f-number", "8")
-            page.keyboard.press("Enter")
-            shown.wait(f"state.plan.frames[0].typical_m > {1.5 * wide_open}")
-            page.fill("#f-number", "2.8")
-            page.fill("#count", "6")
-            shown.wait("state.plan.count === 6 && state.wishes.f_number === null")
-            page.evaluate("document.activeElement.blur()")
-            shown.shot("marked")
-            page.keyboard.press(" ")
-            shown.wait("state.takes.length && state.takes[0].result")
-            shown.wait("document.querySelector('#depth').complete && document.querySelector('#depth').naturalWidth > 0")
-            assert page.locator("#strip figure").count() == 6
-            assert "Take 1" in page.inner_text("#result")
-            shown.shot("depth")
-            page.keyboard.press(" ")
-            shown.wait("state.takes.length > 1 && state.takes[1].status === 'unfinished'")
-            assert "Resume" in page.inner_text("#takes")
-            shown.shot("unplugged")
-            page.click("#takes button:has-text('Resume')")
-            shown.wait("state.takes[1].status === 'complete'")
-            page.fill("#takes input[type=text] >> nth=0", "second light on")
-            page.keyboard.press("Enter")
-            shown.wait("state.takes[1].note === 'second light on'")
-            assert shown.errors == []
-            assert {url.partition("/?")[0] for url in shown.requests} and all(
-                url.startswith((server.base, "ws" + server.base[4:], "data:", "blob:")) for url in shown.requests
-            )
+    with (
+        session(tmp_path / "studio", CAMERA + "&fault=disconnect@8x4", "--method", "plane-sweep") as server,
+        screen(server, artefacts) as shown,
+    ):
+        page = shown.page
+        page.keyboard.press("?")
+        assert page.is_visible("#help")
+        page.keyboard.press("Escape")
+        mark(shown)
+        assert page.locator("#range circle").count() == page.evaluate("state.plan.count")
+        wide_open = page.evaluate("state.plan.frames[0].typical_m")
+        page.fill("#f-number", "8")
+        page.keyboard.press("Enter")
+        shown.wait(f"state.plan.frames[0].typical_m > {1.5 * wide_open}")
+        page.fill("#f-number", "2.8")
+        page.fill("#count", "6")
+        shown.wait("state.plan.count === 6 && state.wishes.f_number === null")
+        page.evaluate("document.activeElement.blur()")
+        shown.shot("marked")
+        page.keyboard.press(" ")
+        shown.wait("state.takes.length && state.takes[0].result")
+        shown.wait("document.querySelector('#depth').complete && document.querySelector('#depth').naturalWidth > 0")
+        assert page.locator("#strip figure").count() == 6
+        assert "Take 1" in page.inner_text("#result")
+        shown.shot("depth")
+        page.keyboard.press(" ")
+        shown.wait("state.takes.length > 1 && state.takes[1].status === 'unfinished'")
+        assert "Resume" in page.inner_text("#takes")
+        shown.shot("unplugged")
+        page.click("#takes button:has-text('Resume')")
+        shown.wait("state.takes[1].status === 'complete'")
+        page.fill("#takes input[type=text] >> nth=0", "second light on")
+        page.keyboard.press("Enter")
+        shown.wait("state.takes[1].note === 'second light on'")
+        assert shown.errors == []
+        assert {url.partition("/?")[0] for url in shown.requests} and all(
+            url.startswith((server.base, "ws" + server.base[4:], "data:", "blob:")) for url in shown.requests
+        )
 
 
 def test_a_camera_that_is_not_there_is_said_and_tried_again(tmp_path, artefacts):
-    with session(tmp_path, CAMERA + "&fault=not_found@0", "--method", "plane-sweep") as server:
-        with playwright.sync_playwright() as driver:
-            browser = driver.chromium.launch(executable_path=CHROMIUM, args=OPTIONS)
-            shown = Screen(browser.new_page(viewport={"width": 1366, "height": 768}), artefacts)
-            shown.page.goto(server.url)
-            shown.wait("state && state.camera.state === 'gone'")
-            assert "no simulated camera is connected" in shown.page.inner_text("#cover")
-            shown.shot("no-camera")
-            shown.page.click("#connect")
-            shown.wait("state.camera.state === 'idle' && last")
-            browser.close()
+    with (
+        session(tmp_path, CAMERA + "&fault=not_found@0", "--method", "plane-sweep") as server,
+        playwright.sync_playwright() as driver,
+    ):
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=OPTIONS)
+        shown = Screen(browser.new_page(viewport={"width": 1366, "height": 768}), artefacts)
+        shown.page.goto(server.url)
+        shown.wait("state && state.camera.state === 'gone'")
+        assert "no simulated camera is connected" in shown.page.inner_text("#cover")
+        shown.shot("no-camera")
+        shown.page.click("#connect")
+        shown.wait("state.camera.state === 'idle' && last")
+        browser.close()
 
 
 @pytest.mark.slow
 def test_fine_tuning_from_the_page(tmp_path, artefacts):
     """Two takes, a short run on the first, before and after on the second; accepted if it was better."""
-    with session(tmp_path, CAMERA, "--method", "network", "--train-steps", "40") as server:
-        with screen(server, artefacts) as shown:
-            page = shown.page
-            mark(shown)
-            for number in (1, 2):
-                page.keyboard.press(" ")
-                shown.wait(f"state.takes.length === {number} && state.takes[{number - 1}].result", 300)
-            page.check("#takes input[type=checkbox] >> nth=1")
-            page.click("#train")
-            shown.wait("state.training && state.training.lines.length")
-            shown.shot("training")
-            shown.wait("state.training.state !== 'running'", 900)
-            assert page.evaluate("state.training.state") == "finished", page.evaluate("state.training")
-            assert "mean" in page.inner_text("#training-text")
-            if page.evaluate("state.training.better"):
-                shown.wait("state.training.before && state.training.after", 300)
-                shown.shot("trained")
-                page.click("#train-accept")
-                shown.wait("state.method.includes('fine-tuned')")
-            else:
-                shown.shot("trained")
-                page.click("#train-discard")
-                shown.wait("!state.training")
+    with (
+        session(tmp_path, CAMERA, "--method", "network", "--train-steps", "40") as server,
+        screen(server, artefacts) as shown,
+    ):
+        page = shown.page
+        mark(shown)
+        for number in (1, 2):
+            page.keyboard.press(" ")
+            shown.wait(f"state.takes.length === {number} && state.takes[{number - 1}].result", 300)
+        page.check("#takes input[type=checkbox] >> nth=1")
+        page.click("#train")
+        shown.wait("state.training && state.training.lines.length")
+        shown.shot("training")
+        shown.wait("state.training.state !== 'running'", 900)
+        assert page.evaluate("state.training.state") == "finished", page.evaluate("state.training")
+        assert "mean" in page.inner_text("#training-text")
+        if page.evaluate("state.training.better"):
+            shown.wait("state.training.before && state.training.after", 300)
+            shown.shot("trained")
+            page.click("#train-accept")
+            shown.wait("state.method.includes('fine-tuned')")
+        else:
+            shown.shot("trained")
+            page.click("#train-discard")
+            shown.wait("!state.training")
