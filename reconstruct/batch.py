@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from capture import sweep
 from capture.decode import is_image_name
 from capture.errors import DaifError, DataError, NoSpaceError, SomeFailedError, UsageError
 from capture.importer import STACK_FILE
-from reconstruct import cluster, remote, result
+from reconstruct import cluster, memory, remote, result
 from reconstruct.infer import Report
 from reconstruct.job import Job, process_stack, solve, stack_name, write
 
@@ -37,6 +37,7 @@ class Outcome:
     seconds: float = 0.0
     folder: str = ""
     error: str = ""
+    cpu_seconds: dict[str, float] = field(default_factory=dict)
 
 
 def find_stacks(locations: Sequence[str]) -> list[str]:
@@ -181,11 +182,19 @@ def _here(stacks: Sequence[str], job: Job, bars: Progress) -> Iterator[Outcome]:
     """In this process; while one stack is computed the one before it is written."""
     with ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
         writing: tuple[str, Future[dict[str, Any]]] | None = None
+        said: set[str] = set()
+
+        def announce(line: str) -> None:
+            what = line.partition(" of ")[0]
+            if what not in said:  # once for every size of stack
+                said.add(what)
+                bars.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
         for stack in stacks:
             task = bars.add_task(stack_name(stack), total=1.0)
             try:
-                solved = solve(stack, job, _shown(bars, task, stack_name(stack)))
-            except (DaifError, MemoryError) as error:
+                solved = solve(stack, job, _shown(bars, task, stack_name(stack)), announce)
+            except Exception as error:
                 solved, problem = None, error
             finally:
                 bars.remove_task(task)
@@ -207,7 +216,7 @@ def _shown(bars: Progress, task: TaskID, name: str) -> Report:
 def _ended(stack: str, future: Future[dict[str, Any]], *, alone: bool) -> Outcome:
     try:
         record = future.result()
-    except (DaifError, MemoryError) as error:
+    except Exception as error:
         return _failed(stack, error, alone=alone)
     return _done(stack, record)
 
@@ -215,21 +224,27 @@ def _ended(stack: str, future: Future[dict[str, Any]], *, alone: bool) -> Outcom
 def _done(stack: str, record: dict[str, Any]) -> Outcome:
     for warning in record["warnings"]:
         Console(stderr=True).print(f"note: {warning}", markup=False, highlight=False, soft_wrap=True)
-    return Outcome(stack, "done", record["summary"]["seconds"], record["folder"])
+    return Outcome(stack, "done", sum(record["seconds"].values()), record["folder"], cpu_seconds=record["cpu_seconds"])
 
 
 def _failed(stack: str, error: BaseException, *, alone: bool) -> Outcome:
-    if isinstance(error, MemoryError):
+    if memory.ran_out(error) and not isinstance(error, DaifError):
         error = NoSpaceError(f"{stack}: not enough memory; close other programs, or reduce the frames first")
     if alone:
         raise error
-    return Outcome(stack, "failed", error=str(error))
+    sentence = (
+        str(error) if isinstance(error, DaifError) else f"{stack}: a bug in daif, {type(error).__name__}: {error}"
+    )
+    return Outcome(stack, "failed", error=sentence)
 
 
 def _on_workers(stacks: Sequence[str], job: Job, workers: int, address: str | None) -> Iterator[Outcome]:
     threads = max(1, (os.cpu_count() or 1) // max(workers, 1)) if address is None else None
+    if address is None:
+        job = replace(job, settings=replace(job.settings, memory_share=1 / workers))
     call: Callable[[str], dict[str, Any]] = functools.partial(_process_on_worker, job=job, threads=threads)
     with cluster.connect(workers, address) as client:
+        cluster.send_files(client, _files_of(job))
         for finished in cluster.run_on(client, stacks, call):
             if finished.record is None:
                 yield Outcome(finished.item, "failed", error=finished.error)
@@ -237,19 +252,36 @@ def _on_workers(stacks: Sequence[str], job: Job, workers: int, address: str | No
                 yield _done(finished.item, finished.record)
 
 
-def _process_on_worker(stack: str, job: Job, threads: int | None) -> dict[str, Any]:
-    """One stack on a worker: its share of the threads, and its own GPU if there are several."""
-    import dataclasses
+def _files_of(job: Job) -> list[Path]:
+    """The files on this machine that every worker needs: the lens profile, and weights that are not the package's."""
+    files = [job.lens] if job.lens else []
+    if job.settings.method == "network" and job.settings.weights != "default":
+        weights = Path(job.settings.weights)
+        files += [weights, weights.with_suffix(".json")]
+    return files
 
+
+def _process_on_worker(stack: str, job: Job, threads: int | None) -> dict[str, Any]:
+    """One stack on a worker: its share of the threads, and its own GPU if there are several.
+
+    A worker may have died between finishing the stack and saying so: then the result is there already.
+    """
     import torch
     from distributed import get_worker
 
+    if not job.force and remote.is_complete(job.out, stack_name(stack)):
+        return remote.read_record(job.out, stack_name(stack))
+    lens = cluster.sent_file(job.lens) if job.lens else None
+    weights = job.settings.weights
+    if job.settings.method == "network" and weights != "default":
+        weights = str(cluster.sent_file(Path(weights)))
+    job = replace(job, lens=lens, settings=replace(job.settings, weights=weights))
     if threads is not None:
         torch.set_num_threads(threads)
     if job.settings.device == "auto" and torch.cuda.device_count() > 1:
         index = abs(hash(get_worker().name)) if not isinstance(get_worker().name, int) else get_worker().name
         device = f"cuda:{index % torch.cuda.device_count()}"
-        job = dataclasses.replace(job, settings=dataclasses.replace(job.settings, device=device))
+        job = replace(job, settings=replace(job.settings, device=device))
     return process_stack(stack, job)
 
 

@@ -8,10 +8,12 @@ named. (Dask's own retries also fail innocent stacks that were queued on the dyi
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from capture.errors import DaifError, UsageError
@@ -71,6 +73,48 @@ def connect(workers: int, address: str | None) -> Iterator[Any]:
         Client(cluster) as client,
     ):
         yield client
+
+
+def send_files(client: Any, files: Sequence[Path]) -> None:
+    """Put `files` on every worker, each worker once, those that join later too; `sent_file` finds them there.
+
+    Raises UsageError if one cannot be read here.
+    """
+    if not files:
+        return
+    from distributed import WorkerPlugin
+
+    class Files(WorkerPlugin):
+        """Writes the files into the worker's own folder when it starts."""
+
+        name = "daif-files"
+
+        def __init__(self, contents: dict[str, bytes]) -> None:
+            self.contents = contents
+
+        def setup(self, worker: Any) -> None:
+            for name, content in self.contents.items():
+                target = Path(worker.local_directory) / name
+                target.parent.mkdir(exist_ok=True)
+                target.write_bytes(content)
+
+    try:
+        contents = {_sent_name(file): file.read_bytes() for file in files}
+    except OSError as error:
+        raise UsageError(f"{error.filename} cannot be read ({error.strerror}); correct the path") from None
+    client.register_plugin(Files(contents))
+
+
+def sent_file(file: Path) -> Path:
+    """On a worker: where `send_files` put what the client calls `file`."""
+    from distributed import get_worker
+
+    return Path(get_worker().local_directory) / _sent_name(file)
+
+
+def _sent_name(file: Path) -> str:
+    """Its own name, in a folder that tells files of one name apart and keeps weights beside their description."""
+    return f"daif-{hashlib.sha256(str(file.parent).encode()).hexdigest()[:8]}/{file.name}"
 
 
 def run_on(client: Any, items: Sequence[str], call: Callable[[str], dict[str, Any]]) -> Iterator[Finished]:

@@ -85,12 +85,16 @@ def colorize_inverse_depth(inverse_depth_dpt: NDArray[np.floating]) -> tuple[NDA
     return colorize(inverse_depth_dpt, low, high), low, high
 
 
-def back_project(depth_m: NDArray[np.float32], intrinsics: Intrinsics) -> NDArray[np.float32]:
-    """Camera coordinates (H, W, 3) in metres, x right, y down, z forward; NaN where the depth is."""
+def back_project(depth_m: NDArray[np.float32], intrinsics: Intrinsics, stride: int = 1) -> NDArray[np.float32]:
+    """Camera coordinates (h, w, 3) in metres, x right, y down, z forward, of every `stride`-th row and column.
+
+    NaN where the depth is.
+    """
     height, width = depth_m.shape
-    x = (np.arange(width, dtype=np.float32) - intrinsics.centre_x_px) / intrinsics.focal_px
-    y = (np.arange(height, dtype=np.float32) - intrinsics.centre_y_px) / intrinsics.focal_px
-    return np.stack([x[None, :] * depth_m, y[:, None] * depth_m, depth_m], axis=-1)
+    x = (np.arange(0, width, stride, dtype=np.float32) - intrinsics.centre_x_px) / intrinsics.focal_px
+    y = (np.arange(0, height, stride, dtype=np.float32) - intrinsics.centre_y_px) / intrinsics.focal_px
+    z = depth_m[::stride, ::stride]
+    return np.stack([x[None, :] * z, y[:, None] * z, z], axis=-1)
 
 
 def write_ply(
@@ -106,7 +110,7 @@ def write_ply(
     Every n-th row and column is taken so that at most `max_points` remain; unknown depth is left out.
     """
     stride = max(1, int(np.ceil(np.sqrt(depth_m.size / max_points))))
-    xyz = back_project(depth_m, intrinsics)[::stride, ::stride].reshape(-1, 3)
+    xyz = back_project(depth_m, intrinsics, stride).reshape(-1, 3)
     colour = rgb[::stride, ::stride].reshape(-1, 3)
     sure = confidence[::stride, ::stride].reshape(-1)
     known = np.isfinite(xyz).all(axis=1)
@@ -138,7 +142,7 @@ def write_glb(
     Quads whose corners differ by more than `max_slope` of their depth are depth edges and stay open.
     """
     stride = max(1, int(np.ceil(np.sqrt(depth_m.size / max_vertices))))
-    xyz = back_project(depth_m, intrinsics)[::stride, ::stride] * np.array([1, -1, -1], np.float32)
+    xyz = back_project(depth_m, intrinsics, stride) * np.array([1, -1, -1], np.float32)
     depth = depth_m[::stride, ::stride]
     colour = rgb[::stride, ::stride]
     height, width = depth.shape

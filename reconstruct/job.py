@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -18,7 +19,7 @@ from capture.importer import import_folder
 from capture.lens import LensProfile
 from capture.stack import FocalStack
 from reconstruct import evaluate, export, metrics, remote, report, result
-from reconstruct.infer import Report, Settings, reconstruct
+from reconstruct.infer import Clock, Overview, Report, Settings, plan_memory, read_overview, reconstruct
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,17 @@ def process_stack(location: str, job: Job, progress: Report = lambda what, share
     return write(solve(location, job, progress), job)
 
 
-def solve(location: str, job: Job, progress: Report = lambda what, share: None) -> Solved:
-    """The reconstruction of the stack at `location`: a file, a folder of photographs, or a URL of a file."""
+def solve(
+    location: str,
+    job: Job,
+    progress: Report = lambda what, share: None,
+    announce: Callable[[str], None] = lambda line: None,
+) -> Solved:
+    """The reconstruction of the stack at `location`: a file, a folder of photographs, or a URL of a file.
+
+    `announce` gets the memory that will be used, before it is.
+    """
+    clock = Clock()
     profile = LensProfile.read(job.lens) if job.lens else None
     with tempfile.TemporaryDirectory(prefix="daif-") as scratch:
         file = remote.fetch(location, Path(scratch))
@@ -71,9 +81,15 @@ def solve(location: str, job: Job, progress: Report = lambda what, share: None) 
             folder, file = file, Path(scratch) / f"{stack_name(location)}.h5"
             import_folder(folder, file)
         with FocalStack.open(file, allow_partial=file.suffix == ".partial") as stack:
-            answer = reconstruct(stack, job.settings, profile, progress)
+            plan = plan_memory(stack, job.settings)
+            announce(str(plan))
+            overview = read_overview(stack)
+            source_sha256 = sha256(file)
+            clock.lap("read")
+            answer = reconstruct(stack, job.settings, profile, progress, overview=overview, plan=plan)
+            inner = Clock()
             answer.name = stack_name(location)
-            answer.record["input"] = {"file": location, "sha256": sha256(file), "frames": stack.n_frames}
+            answer.record["input"] = {"file": location, "sha256": source_sha256, "frames": stack.n_frames}
             answer.record["lens_profile"] = {"file": str(job.lens), "sha256": sha256(job.lens)} if job.lens else None
             answer.record["versions"] = {
                 "daif": metadata.version("daif"),
@@ -81,12 +97,19 @@ def solve(location: str, job: Job, progress: Report = lambda what, share: None) 
                 **{name: metadata.version(name) for name in ("torch", "numpy", "h5py")},
             }
             truth = _truth(stack, answer)
-            return Solved(answer, report.render_report(answer, _thumbnails(stack), truth), stack.exif)
+            page = report.render_report(answer, _thumbnails(stack, overview), truth)
+            inner.lap("report")
+            for name in ("seconds", "cpu_seconds"):
+                stages = {**getattr(clock, name), **answer.record[name], **getattr(inner, name)}
+                stages["read"] = getattr(clock, name)["read"] + answer.record[name]["read"]
+                answer.record[name] = stages
+            return Solved(answer, page, stack.exif)
 
 
 def write(solved: Solved, job: Job) -> dict[str, Any]:
     """Write the result folder and return its record with `folder` added."""
     answer = solved.answer
+    clock = Clock()
     with remote.output_folder(job.out) as out:
         folder = result.save(
             answer,
@@ -97,16 +120,20 @@ def write(solved: Solved, job: Job) -> dict[str, Any]:
             report_html=solved.page,
             replace=job.force,
         )
+    clock.lap("write")
+    for name in ("seconds", "cpu_seconds"):
+        answer.record[name] |= getattr(clock, name)
     return {"folder": f"{job.out.rstrip('/')}/{folder.name}", **answer.record}
 
 
-def _thumbnails(stack: FocalStack) -> list[tuple[np.ndarray, str]]:
+def _thumbnails(stack: FocalStack, overview: Overview) -> list[tuple[np.ndarray, str]]:
     """(sRGB image, label) of every frame, small."""
     pictures = []
-    scale = min(1.0, report.THUMBNAIL_PX / stack.width)
-    size = max(1, round(stack.width * scale)), max(1, round(stack.height * scale))
-    for i in range(stack.n_frames):
-        small = cv2.resize(stack.linear(i), size, interpolation=cv2.INTER_AREA)
+    height, width = overview.frames.shape[1:3]
+    scale = min(1.0, report.THUMBNAIL_PX / width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    for i, frame in enumerate(overview.frames):
+        small = cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
         distance = stack.focus_distance_m[i]
         where = "unknown focus distance" if np.isnan(distance) else f"focused at {report.format_length(distance)}"
         pictures.append((to_srgb8(small), f"frame {i}: {where}"))

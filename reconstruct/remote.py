@@ -6,6 +6,7 @@ A stack is copied here, worked on, and its result copied back; nothing else of t
 from __future__ import annotations
 
 import contextlib
+import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,6 +60,17 @@ def is_complete(out: str, name: str) -> bool:
         return result.is_complete(Path(out) / name)
     files, path = filesystem(out)
     return bool(files.exists(f"{path.rstrip('/')}/{name}/{result.RECORD}"))
+
+
+def read_record(out: str, name: str) -> dict[str, Any]:
+    """The record of the finished result `name` in `out`, with `folder` as `job.write` adds it."""
+    folder = f"{out.rstrip('/')}/{name}"
+    if is_url(out):
+        files, path = filesystem(folder)
+        text = files.cat_file(f"{path}/{result.RECORD}").decode()
+    else:
+        text = (Path(folder) / result.RECORD).read_text(encoding="utf-8")
+    return {"folder": folder, **json.loads(text)}
 
 
 def prepare_output(out: str) -> None:

@@ -194,7 +194,7 @@ def _cloud(result: Reconstruction) -> dict[str, Any]:
     """Centred points in a unit box as 16-bit integers, thinned to CLOUD_POINTS."""
     depth = result.depth if result.metric else 1 + np.clip(result.depth, 0, 1)
     stride = max(1, int(np.ceil(np.sqrt(depth.size / CLOUD_POINTS))))
-    xyz = export.back_project(depth.astype(np.float32), result.intrinsics)[::stride, ::stride]
+    xyz = export.back_project(depth.astype(np.float32, copy=False), result.intrinsics, stride)
     rgb = result.aif_srgb8[::stride, ::stride]
     sure = result.confidence[::stride, ::stride]
     known = np.isfinite(xyz).all(axis=-1)

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +68,13 @@ class Reconstruction:
             return (self.std_dpt * self.depth**2).astype(np.float32)
         return (self.std_dpt / max(np.ptp(self.focus_dpt), 1e-9)).astype(np.float32)
 
-    @property
+    @cached_property
     def aif_srgb8(self) -> NDArray[np.uint8]:
         """(H, W, 3) sRGB for the screen."""
-        return to_srgb8(self.aif)
+        out = np.empty(self.aif.shape, np.uint8)
+        for row in range(0, len(out), 64):  # in bands: the conversion takes several times the memory of its result
+            out[row : row + 64] = to_srgb8(self.aif[row : row + 64])
+        return out
 
     def near_far(self) -> tuple[float, float]:
         """Robust nearest and farthest depth (1st and 99th percentile)."""

@@ -1,0 +1,102 @@
+"""Memory is planned, adapts to what is free, and running out is an answer and not an end."""
+
+import pytest
+import torch
+
+from capture.errors import NoSpaceError, SomeFailedError
+from capture.stack import FocalStack
+from reconstruct import batch, infer, memory
+from reconstruct.infer import Settings, reconstruct
+from reconstruct.job import Job
+from tests.reconstruct.small_stack import write_small_stack
+
+SIZE = {"height": 4000, "width": 6000, "n_frames": 5, "tile_px": 768, "halo_px": 96}
+CPU = Settings(device="cpu", align=False)
+
+
+@pytest.fixture(scope="module")
+def stack_file(tmp_path_factory):
+    return write_small_stack(tmp_path_factory.mktemp("memory") / "small.h5")
+
+
+def pretend_free(monkeypatch, gigabytes):
+    monkeypatch.setattr(memory, "free_bytes", lambda: int(gigabytes * 1e9))
+
+
+def test_tiles_shrink_with_the_free_memory(monkeypatch):
+    sides = []
+    for gigabytes in (64, 3.0, 2.5):
+        pretend_free(monkeypatch, gigabytes)
+        plan = memory.plan(**SIZE)
+        assert plan.needed_bytes < plan.free_bytes
+        sides.append(plan.tile_px)
+    assert sides[0] == 768
+    assert sides == sorted(sides, reverse=True) and sides[-1] < 768
+
+
+def test_what_cannot_fit_is_refused_with_what_to_lower(monkeypatch):
+    pretend_free(monkeypatch, 1)
+    with pytest.raises(NoSpaceError, match=r"5 frames of 6000 x 4000 px need about .* GB .*--workers"):
+        memory.plan(**SIZE)
+
+
+def test_workers_share_the_memory(monkeypatch):
+    pretend_free(monkeypatch, 64)
+    monkeypatch.setattr(memory, "limit_bytes", lambda: int(6e9))
+    assert memory.plan(**SIZE).tile_px > memory.plan(**SIZE, share=0.45).tile_px
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), True),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory: you tried"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    ],
+)
+def test_errors_that_mean_no_memory(error, expected):
+    assert memory.ran_out(error) is expected
+
+
+def test_no_memory_is_tried_once_more_with_smaller_tiles(stack_file, monkeypatch):
+    sides = []
+    real = infer._estimate_tiled
+
+    def short_of_memory(stack, alignment, estimator, step, tile_px, progress):
+        sides.append(tile_px)
+        if tile_px == infer.TILE_PX:
+            raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes")
+        return real(stack, alignment, estimator, step, tile_px, progress)
+
+    monkeypatch.setattr(infer, "_estimate_tiled", short_of_memory)
+    with FocalStack.open(stack_file) as stack:
+        answer = reconstruct(stack, CPU)
+    assert sides == [infer.TILE_PX, infer.TILE_PX // 4]
+    assert answer.metric
+
+
+def test_a_stack_without_memory_is_named_and_the_next_one_done(stack_file, tmp_path, monkeypatch):
+    second = write_small_stack(tmp_path / "second.h5", seed=1)
+    real = infer._estimate_tiled
+
+    def short_of_memory(stack, *rest):
+        if stack.path == stack_file:
+            raise MemoryError
+        return real(stack, *rest)
+
+    monkeypatch.setattr(infer, "_estimate_tiled", short_of_memory)
+    with pytest.raises(SomeFailedError, match="1 of 2 stacks failed: small"):
+        batch.run([str(stack_file), str(second)], Job(str(tmp_path / "out"), CPU))
+    assert (tmp_path / "out/second/depth.npy").exists()
+
+
+def test_what_will_be_used_is_said_once(stack_file, tmp_path, capsys):
+    second = write_small_stack(tmp_path / "second.h5", seed=1)
+    batch.run([str(stack_file), str(second)], Job(str(tmp_path / "out"), CPU))
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("memory:")]
+    assert len(lines) == 1 and "tiles of 768 px" in lines[0]
+
+
+def test_the_machine_has_memory():
+    assert 0 < memory.free_bytes() <= memory.limit_bytes()
