@@ -39,11 +39,11 @@ PsfShape = Literal["disc", "gaussian"]
 
 LAYER_STEP_PX = 2.5  # CoC diameter between layers: 0.6 to 0.7 px of blur std (notes/forward-model.md, "Cost")
 MAX_LAYERS = 48
-TILE_PIXELS = 600_000  # larger images are rendered in tiles with a halo: bounded memory, warm caches
+TILE_PX = 400  # side of the tiles that large images are rendered in: bounded memory, warm caches
 TAIL_SIGMAS = 4.5  # a Gaussian's reach: 7e-6 of its mass lies beyond
 LEAST_WEIGHT = 1e-3  # of a layer and everything behind it, below which it has no colour
 SCALE_KNEE, SCALE_RATIO = 0.3, 1.5  # of the gather's blur levels (notes/performance.md 1.1, last row)
-GATHER_TILE_PIXELS = 150_000  # a tile holds about 20 levels
+KEPT_BYTES = 128e6  # blurred layers up to this size are kept for the way back instead of being made again
 
 
 @dataclass(frozen=True)
@@ -381,12 +381,10 @@ class Tile:
         )
 
 
-def _tiles(height: int, width: int, reach: int, most_pixels: int | None = None) -> Iterator[Tile]:
-    """Tiles of about `most_pixels` that cover the image, each with a halo of `reach`."""
-    parts = height * width / (most_pixels or TILE_PIXELS)
-    down = max(1, math.ceil(math.sqrt(parts * height / width)))
-    across = max(1, math.ceil(parts / down))
-    tall, wide = math.ceil(height / down), math.ceil(width / across)
+def _tiles(height: int, width: int, reach: int) -> Iterator[Tile]:
+    """Tiles that cover the image, each with a halo of `reach`; the wider the blur, the larger the tiles."""
+    side = max(TILE_PX, 6 * reach)
+    tall, wide = (math.ceil(length / max(1, round(length / side))) for length in (height, width))
     for top in range(0, height, tall):
         bottom = min(top + tall, height)
         for left in range(0, width, wide):
@@ -400,9 +398,12 @@ def _tiles(height: int, width: int, reach: int, most_pixels: int | None = None) 
 
 
 def _tile_spectrum(tile: Tile, reach: int, like: Tensor) -> Spectrum:
-    # light that leaves on one side must not come back on the other within the tile: pad by one reach
-    height, width = tile.wide_rows.stop - tile.wide_rows.start, tile.wide_columns.stop - tile.wide_columns.start
-    return _spectrum(height + reach, width + reach, like.dtype, like.device)
+    # light that leaves on one side must not come back on the other; where both sides have a halo, it dies there
+    lengths = []
+    for proper, wide in ((tile.rows, tile.wide_rows), (tile.columns, tile.wide_columns)):
+        haloed = proper.start - wide.start == reach == wide.stop - proper.stop
+        lengths.append(wide.stop - wide.start + (0 if haloed else reach))
+    return _spectrum(lengths[0], lengths[1], like.dtype, like.device)
 
 
 class _Scatter(torch.autograd.Function):
@@ -436,15 +437,18 @@ class _Scatter(torch.autograd.Function):
         grad_aif, grad_position = torch.zeros_like(aif), torch.zeros_like(position)
         grad_coc = torch.zeros_like(coc_px) if ctx.needs_input_grad[2] else None
         reach = psf.reach_px(float(coc_px.abs().max()))
-        grad_sums = torch.cat([grad_out, -(grad_out * out).sum(1, keepdim=True)], 1).div_(weight)
         for tile in _tiles(position.shape[0], position.shape[1], reach):
             spectrum = _tile_spectrum(tile, reach, aif)
-            wanted = spectrum.forward(grad_sums[(..., *tile.wide)])
+            grad_tile, box = grad_out[(..., *tile.wide)], (..., *tile.wide)
+            norm_grad = (grad_tile * out[box]).sum(1, keepdim=True).neg_()
+            grad_sums = torch.cat([grad_tile, norm_grad], 1).div_(weight[box])
+            wanted = spectrum.forward(grad_sums)
             wanted_here = None if grad_coc is None else _weighted_spectrum(grad_sums, tile, spectrum)
             here, image = position[tile.proper], aif[(..., *tile.proper)]
+            returned = spectrum.zeros(4)
             for layer, source in _sources(aif, position, tile, n_layers):
                 transfer = spectrum.transfer(coc_px[:, layer], psf)
-                returned = spectrum.zeros(4)
+                returned.zero_()
                 for k in range(n_frames):
                     returned.addcmul_(transfer[k], wanted[k])
                 spread = spectrum.inverse(returned, *position[tile.wide].shape)[(..., *tile.inner)]
@@ -468,9 +472,9 @@ def _sources(aif: Tensor, position: Tensor, tile: Tile, count: int) -> Iterator[
 
 
 def _weighted_spectrum(stack: Tensor, tile: Tile, spectrum: Spectrum) -> Tensor:
-    """Spectrum of `stack` on the tile proper, such that its products with another sum up to the pixels' products."""
-    alone = torch.zeros_like(stack[(..., *tile.wide)])
-    alone[(..., *tile.inner)] = stack[(..., *tile.proper)]
+    """Spectrum of `stack` without the tile's halo, scaled so that products with another sum up as the pixels do."""
+    alone = torch.zeros_like(stack)
+    alone[(..., *tile.inner)] = stack[(..., *tile.inner)]
     return spectrum.forward(alone).mul_(spectrum.parseval)
 
 
@@ -483,7 +487,7 @@ def _agreement(stack: Tensor, source: Tensor) -> Tensor:
 
 
 class _Occlusion(torch.autograd.Function):
-    """Front-to-back compositing of normalised layers; every frame's layers are blurred again on the way back.
+    """Front-to-back compositing of normalised layers.
 
     In frame k, layer l has colour C_l = B(I w_l) / E_l and opacity A_l = B(w_l) / E_l, with E_l the blur B of all
     weight from l on backwards; out = sum_l T_l C_l / sum_l T_l A_l with T_l = prod_(j in front of l) (1 - A_j).
@@ -491,17 +495,24 @@ class _Occlusion(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, aif: Tensor, position: Tensor, coc_px: Tensor, psf: Psf) -> Tensor:
-        n_frames = coc_px.shape[0]
-        out = aif.new_empty(n_frames, 3, *position.shape)
+        n_frames, n_layers = coc_px.shape
+        height, width = position.shape
+        out = aif.new_empty(n_frames, 3, height, width)
         reach = psf.reach_px(float(coc_px.abs().max()))
-        for tile in _tiles(position.shape[0], position.shape[1], reach):
+        tiles = list(_tiles(height, width, reach))
+        keep = len(tiles) == 1 and n_frames * n_layers * 5 * position.nbytes <= KEPT_BYTES
+        ctx.kept = []
+        for tile in tiles:
             spectrum = _tile_spectrum(tile, reach, aif)
-            layers, spectra = _ordered_spectra(aif, position, tile, spectrum, coc_px.shape[1])
+            layers, spectra = _ordered_spectra(aif, position, tile, spectrum, n_layers)
             for k in range(n_frames):
-                transfer = spectrum.transfer(coc_px[k, layers], psf)
-                front = _Front(position[tile.wide])
-                for sheet, passed in zip(spectra, transfer, strict=True):
-                    front.add(spectrum.inverse(sheet * passed, *position[tile.wide].shape))
+                front, kept = _Front(position[tile.wide]), []
+                for sheet in _blurred(spectra, spectrum, coc_px[k, layers], psf, position[tile.wide].shape):
+                    front.add(sheet)
+                    if keep:
+                        kept.append(sheet)
+                if keep:
+                    ctx.kept.append(kept)
                 out[(k, slice(None), *tile.proper)] = (front.light / front.weight)[(..., *tile.inner)]
         ctx.save_for_backward(aif, position, coc_px)
         ctx.psf = psf
@@ -522,20 +533,18 @@ class _Occlusion(torch.autograd.Function):
             layers, spectra = _ordered_spectra(aif, position, tile, spectrum, n_layers)
             returned = torch.zeros_like(spectra)
             for k in range(n_frames):
-                transfer = spectrum.transfer(coc_px[k, layers], psf)
-                blurred = [
-                    spectrum.inverse(sheet * passed, *size) for sheet, passed in zip(spectra, transfer, strict=True)
-                ]
+                blurred = ctx.kept[k] if ctx.kept else list(_blurred(spectra, spectrum, coc_px[k, layers], psf, size))
                 wanted = torch.zeros_like(grad_out[(k, slice(None), *tile.wide)])
                 wanted[(..., *tile.inner)] = grad_out[(k, slice(None), *tile.proper)]
-                for index, grad in enumerate(_front_backward(blurred, wanted)):
+                for index, grad in _front_backward(blurred, wanted):
                     grad_spectrum = spectrum.forward(grad)
-                    returned[index].addcmul_(grad_spectrum, transfer[index])
+                    coc = coc_px[k, layers[index : index + 1]]
+                    returned[index].addcmul_(grad_spectrum, spectrum.transfer(coc, psf))
                     if grad_coc is not None:
-                        slope = spectrum.transfer_slope(coc_px[k, layers[index : index + 1]], psf)[0]
                         shared = (grad_spectrum * spectra[index]).sum(0)
+                        slope = spectrum.transfer_slope(coc, psf)[0]
                         grad_coc[k, layers[index]] += (shared * slope * spectrum.parseval).sum()
-            # the tile's pixels see light from the halo too: sources there receive their share of the gradient
+            # light of the halo reaches the tile, so sources there get their share of the gradient
             image, place = aif[(..., *tile.wide)], position[tile.wide]
             behind = torch.zeros_like(place)
             for index, layer in enumerate(layers):
@@ -546,6 +555,12 @@ class _Occlusion(torch.autograd.Function):
                 # w_l is part of its own layer and of E of every layer in front of it, itself included
                 grad_position[tile.wide] += slope * ((image * spread[:3]).sum(0) + spread[3] + behind)
         return grad_aif, grad_position, grad_coc, None
+
+
+def _blurred(spectra: Tensor, spectrum: Spectrum, coc_px: Tensor, psf: Psf, size: tuple[int, ...]) -> Iterator[Tensor]:
+    """One frame's sheets (5, h, w), each blurred by its own CoC, near to far."""
+    for sheet, transfer in zip(spectra, spectrum.transfer(coc_px, psf), strict=True):
+        yield spectrum.inverse(sheet * transfer, size[0], size[1])
 
 
 def _ordered_spectra(
@@ -585,29 +600,31 @@ def _behind(blurred: Tensor) -> Tensor:
     return blurred[4].clamp_min(LEAST_WEIGHT)
 
 
-def _front_backward(blurred: list[Tensor], grad_out: Tensor) -> list[Tensor]:
-    """Gradients (5, h, w) by the blurred sheets of one frame, near to far, for `grad_out` (3, h, w)."""
+def _front_backward(blurred: list[Tensor], grad_out: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Number of each blurred sheet of one frame, far to near, and the gradient (5, h, w) by it.
+
+    `grad_out` (3, h, w) is the gradient by the composited frame.
+    """
     front = _Front(grad_out[0])
     opens = []
     for sheet in blurred:
         opens.append(front.open.clone())
         front.add(sheet)
-    out = front.light / front.weight
     grad_light = grad_out / front.weight
-    grad_weight = -(grad_light * out).sum(0)
-    grad_open = torch.zeros_like(front.open)  # by the openness behind the sheet at hand
-    grads: list[Tensor] = []
-    for sheet, opened in zip(reversed(blurred), reversed(opens), strict=True):
-        behind = _behind(sheet)
-        by_share = (grad_light * sheet[:3]).sum(0) + (grad_weight - grad_open) * sheet[3]
-        share = opened / behind
+    grad_weight = (grad_light * front.light).sum(0).div_(front.weight).neg_()
+    grad_open = torch.zeros_like(front.open)  # by what is open behind the sheet at hand
+    for index in range(len(blurred) - 1, -1, -1):
+        sheet, behind = blurred[index], _behind(blurred[index])
+        share = opens[index] / behind
+        net = grad_weight - grad_open
+        by_share = (grad_light * sheet[:3]).sum(0).addcmul_(net, sheet[3])
         grad = torch.empty_like(sheet)
         torch.mul(grad_light, share, out=grad[:3])
-        grad[3] = (grad_weight - grad_open) * share
-        grad[4] = torch.where(sheet[4] > LEAST_WEIGHT, -by_share * share / behind, torch.zeros_like(share))
-        grad_open = grad_open + by_share / behind
-        grads.append(grad)
-    return grads[::-1]
+        torch.mul(net, share, out=grad[3])
+        by_share /= behind
+        torch.mul(by_share, share, out=grad[4]).neg_().mul_(sheet[4] > LEAST_WEIGHT)
+        grad_open = grad_open + by_share
+        yield index, grad
 
 
 # --- gather ---------------------------------------------------------------------------------------------------------
@@ -624,7 +641,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, aif: Tensor, variance: Tensor) -> Tensor:
         scales = Scales.covering(variance)
         out = aif.new_empty(variance.shape[0], 3, *variance.shape[1:])
-        for tile in _tiles(variance.shape[1], variance.shape[2], scales.reach, GATHER_TILE_PIXELS):
+        for tile in _tiles(variance.shape[1], variance.shape[2], scales.reach):
             spectrum = _tile_spectrum(tile, scales.reach, aif)
             levels, _ = _levels(aif, tile, spectrum, scales)
             index, weights, _ = scales.taps(variance[(..., *tile.proper)])
@@ -641,7 +658,7 @@ class _Gather(torch.autograd.Function):
         aif, variance = ctx.saved_tensors
         scales = Scales.covering(variance)
         grad_aif, grad_variance = torch.zeros_like(aif), torch.empty_like(variance)
-        for tile in _tiles(variance.shape[1], variance.shape[2], scales.reach, GATHER_TILE_PIXELS):
+        for tile in _tiles(variance.shape[1], variance.shape[2], scales.reach):
             spectrum = _tile_spectrum(tile, scales.reach, aif)
             levels, norm = _levels(aif, tile, spectrum, scales)
             here = variance[(..., *tile.proper)]

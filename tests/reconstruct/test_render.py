@@ -67,7 +67,7 @@ def test_published_through_render_stack_has_std_of_a_quarter_coc():
 @pytest.mark.parametrize("psf", PSFS, ids=lambda psf: psf.shape)
 @pytest.mark.parametrize("model", ["scatter", "occlusion"])
 def test_layers_are_their_definition_in_values_and_gradients(model, psf):
-    inputs = [t.requires_grad_() for t in scene()]
+    inputs = [t.requires_grad_() for t in (scene() if psf.shape == "gaussian" else scene(14, 15, 2))]
     aif, depth, focus, kappa = inputs
     layers = Layers.spanning(depth.detach(), kappa, 2.5)
     assert layers.count > 3
@@ -81,7 +81,8 @@ def test_layers_are_their_definition_in_values_and_gradients(model, psf):
     wanted = torch.autograd.grad((expected * teacher).sum(), inputs)
     got = torch.autograd.grad((found * teacher).sum(), inputs)
     for a, b in zip(got, wanted, strict=True):
-        assert relative(a, b) < 5 * tolerance
+        # the reference's disc has no derivative, only differences; `gradcheck` below is the exact test
+        assert relative(a, b) < (5e-6 if psf.shape == "gaussian" else 0.1)
 
 
 @pytest.mark.parametrize("psf", ["gaussian", "disc"])
@@ -100,7 +101,7 @@ def test_layers_gradcheck(model, psf):
 
 
 def test_gather_is_its_definition():
-    aif, depth, focus, _ = scene(40, 52, 2)
+    aif, depth, focus, _ = scene(26, 30, 2)
     kappa = torch.full((1, 2), 24.0, dtype=F64)
     found = render_stack(aif, depth, focus, kappa, model="gather", gaussian_gain=0.25)[0]
     variance = (6 * (focus[0, :, None, None] - depth[0])) ** 2 + 0.09
@@ -131,6 +132,19 @@ def test_gather_gradcheck():
     assert torch.autograd.gradcheck(rendered, (aif, depth, focus, kappa), fast_mode=True)
 
 
+def tiles_of_35(height, width, reach):
+    """`_tiles` without its preference for tiles much larger than their halo."""
+    for top in range(0, height, 35):
+        for left in range(0, width, 35):
+            bottom, right = min(top + 35, height), min(left + 35, width)
+            yield render_module.Tile(
+                slice(top, bottom),
+                slice(left, right),
+                slice(max(top - reach, 0), min(bottom + reach, height)),
+                slice(max(left - reach, 0), min(right + reach, width)),
+            )
+
+
 @pytest.mark.parametrize("model", ["scatter", "occlusion", "gather"])
 @pytest.mark.parametrize("psf", ["gaussian", "disc"])
 def test_tiles_leave_no_seam(monkeypatch, model, psf):
@@ -141,8 +155,7 @@ def test_tiles_leave_no_seam(monkeypatch, model, psf):
         return [out, *torch.autograd.grad((out * teacher).sum(), inputs)]
 
     whole = values()
-    monkeypatch.setattr(render_module, "TILE_PIXELS", 1200)
-    monkeypatch.setattr(render_module, "GATHER_TILE_PIXELS", 1200)
+    monkeypatch.setattr(render_module, "_tiles", tiles_of_35)
     for a, b in zip(values(), whole, strict=True):
         assert relative(a, b) < (1e-3 if model == "occlusion" else 1e-5)  # it divides by weights down to 1e-3
 
