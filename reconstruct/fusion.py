@@ -50,7 +50,7 @@ def fuse(
     seen = mask.sum(0)
     gain, focus = kappa[:, None, None], focus_dpt[:, None, None]
     coc = torch.hypot(gain * (focus - inverse_depth_dpt), DEPTH_CAUTION * gain * std_dpt)
-    sharpest = torch.where(mask, coc, torch.inf).argmin(0)
+    sharpest = torch.where(mask, coc, torch.inf).min(0).indices
     usable = mask | (seen == 0)
     noise = channel_noise_variance(frames) if noise is None else noise
     aif = torch.zeros_like(frames[0])
