@@ -201,7 +201,7 @@ def _cloud(result: Reconstruction) -> dict[str, Any]:
     if not known.any():
         return {"xyz": "", "rgb": "", "confidence": "", "point": 0.01, "depth": 1.0, "zoom": 2.0}
     low, high = np.percentile(xyz[known], [1, 99], axis=0)
-    extent = float((high - low)[:2].max())
+    extent = float((high - low).max())
     middle = np.array([0.0, 0.0, (low[2] + high[2]) / 2])  # on the optical axis, so that the first view is the camera's
     centred = (xyz[known] - middle) / max(extent, 1e-9)
     keep = (np.abs(centred) < 1).all(axis=-1)
