@@ -25,6 +25,7 @@ from reconstruct.render import Model, PsfShape, render_stack
 
 BLACK = 0.01  # linear light added before the square root, which gives dark and bright pixels the same noise
 MOVED_PX = 0.3  # change of blur below which a move is not worth offering
+MOVES_AT = (0.16, 0.48)  # share of the steps before each round of moves
 STEADY_SHARE = 0.6  # of the steps at full size; then they shrink to 0
 
 
@@ -39,7 +40,7 @@ class RefineConfig:
         focus_prior_px: how wrong the focus settings are expected to be.
         charbonnier: differences below this count quadratically, in square roots of linear light.
         smoothness: weight of the edge-aware smoothness of depth in px of blur.
-        moves_px: by how many pixels near surfaces are tried grown and shrunk, a third and two thirds of the way.
+        moves_px: by how many pixels near surfaces are tried grown and shrunk.
         window_px: side of the square around a pixel over which a move is judged.
         floor_px: std of the lens's and sensor's own blur.
     """
@@ -50,8 +51,8 @@ class RefineConfig:
     focus_prior_px: float = 0.1
     charbonnier: float = 0.02
     smoothness: float = 0.006
-    moves_px: tuple[int, ...] = (1, 2)
-    window_px: int = 5
+    moves_px: tuple[int, ...] = (1, 2, 3)
+    window_px: int = 9
     floor_px: float = 0.3
 
 
@@ -63,12 +64,12 @@ def refine(
     *,
     steps: int = 25,
     valid: Tensor | None = None,
-    model: Model = "scatter",
+    model: Model = "occlusion",
     psf: PsfShape = "disc",
     config: RefineConfig | None = None,
     progress: Callable[[int, float], None] | None = None,
 ) -> Estimate:
-    """`start` after `steps` of descent on the photometric loss; the state with the lowest loss.
+    """`start` after `steps` of descent: the depth with the lowest loss, and the image fused from the frames at it.
 
     Args:
         frames: linear focal stack, (S, 3, H, W); pixels that are not finite do not count.
@@ -76,11 +77,12 @@ def refine(
         kappa: blur gain of each frame, (S,), pixels of CoC diameter per dioptre.
         start: where to begin.
         valid: pixels that hold data, (S, H, W).
-        model, psf: see `render_stack`; `occlusion` fits edges better at three times the cost.
+        model, psf: see `render_stack`; `scatter` takes a third of the time, but beside near objects it can prefer a
+            wrong depth (tests/reconstruct/test_refine.py).
         progress: called with each step's number and loss.
     """
     state = _Refinement(frames, focus_dpt, kappa, start, valid, model, psf, config or RefineConfig())
-    move_at = {round(steps / 3), round(2 * steps / 3)} - {0}
+    move_at = {round(share * steps) for share in MOVES_AT} - {0}
     for step in range(steps):
         state.slow_down(min(1.0, (1 - step / steps) / (1 - STEADY_SHARE)))
         if step in move_at:
@@ -123,7 +125,7 @@ class _Refinement:
         self.rates = [rate for _, rate in rates]
         self.optimizer = torch.optim.Adam([{"params": [variable], "lr": rate} for variable, rate in rates])
         self.lowest = float("inf")
-        self.kept = (self.depth_px.detach().clone(), self.aif.detach().clone())
+        self.first = self.kept = self.depth_px.detach().clone()
 
     def slow_down(self, factor: float) -> None:
         """Take steps of `factor` times the configured size."""
@@ -188,8 +190,11 @@ class _Refinement:
     def best(self) -> Estimate:
         """The state with the lowest loss so far, its error re-estimated."""
         self._keep_if_best(float(self.loss()))
-        depth_px, aif = self.kept
-        inverse_depth = depth_px * self.dpt_per_px
+        inverse_depth = self.kept * self.dpt_per_px
+        # the free image follows the noise of the frames; what the frames show at the new depth does not
+        aif = self.start.aif
+        if not torch.equal(self.kept, self.first):
+            aif = fuse(self.frames, self.focus_dpt, self.kappa, inverse_depth, self.start.std_dpt, valid=self.valid)
         # a pixel that had to move far was, and may still be, less sure than its start said
         std = torch.hypot(self.start.std_dpt, (inverse_depth - self.start.inverse_depth_dpt) / 2)
         wider = (std * self.kappa.mean()).square() - (self.start.std_dpt * self.kappa.mean()).square()
@@ -199,7 +204,7 @@ class _Refinement:
     def _keep_if_best(self, loss: float) -> None:
         if loss < self.lowest:
             self.lowest = loss
-            self.kept = (self.depth_px.detach().clone(), self.aif.detach().clone())
+            self.kept = self.depth_px.detach().clone()
 
 
 def _perceived(linear: Tensor) -> Tensor:

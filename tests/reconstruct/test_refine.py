@@ -1,0 +1,103 @@
+"""Refinement on an aperture-sampled stack, which shares nothing with the renderer."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from capture.optics import Condition, simulate_sweep, sweep_for_scene
+from capture.scenes import procedural_scene
+from reconstruct.estimate import Estimate
+from reconstruct.losses import charbonnier
+from reconstruct.plane_sweep import plane_sweep
+from reconstruct.refine import RefineConfig, refine
+from reconstruct.render import render_stack
+
+
+class Stack:
+    """A noisy disc-blurred sweep of a small procedural scene, with its truth."""
+
+    def __init__(self) -> None:
+        scene = procedural_scene(3, 72, 96)
+        sweep = simulate_sweep(scene, *sweep_for_scene(scene, 4, 12.0), Condition(noise_std=0.01, bits=8))
+        self.frames = torch.from_numpy(np.ascontiguousarray(sweep.linear().transpose(0, 3, 1, 2)))
+        self.focus = torch.tensor(sweep.focus_dpt, dtype=torch.float32)
+        self.kappa = torch.tensor(sweep.kappa_px_per_dpt, dtype=torch.float32)
+        self.truth = torch.from_numpy((1 / scene.depth_m).astype(np.float32))
+        self.start = plane_sweep(self.frames, self.focus, self.kappa)
+
+    def error(self, estimate: Estimate) -> float:
+        return float((estimate.inverse_depth_dpt - self.truth).abs().mean())
+
+
+@pytest.fixture(scope="module")
+def stack():
+    return Stack()
+
+
+def best_loss(stack, depth, model, steps=15):
+    """Loss at this depth with the image that suits it best."""
+    aif = stack.start.aif.clone().requires_grad_()
+    optimizer = torch.optim.Adam([aif], lr=0.006)
+    for _ in range(steps):
+        out = render_stack(aif[None], depth[None, None], stack.focus[None], stack.kappa[None], model=model)[0]
+        loss = charbonnier(out, stack.frames)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return float(loss.detach())
+
+
+@pytest.mark.parametrize("model", ["scatter", "occlusion"])
+def test_truth_beats_a_smoothed_truth(stack, model):
+    """The crux (`notes/forward-model.md`): self-supervision must not pull a good depth map away from the truth."""
+    kernel = torch.ones(1, 1, 7, 7) / 49
+    padded = torch.nn.functional.pad(stack.truth[None, None], (3, 3, 3, 3), mode="replicate")
+    smoothed = torch.nn.functional.conv2d(padded, kernel)[0, 0]
+    assert best_loss(stack, stack.truth, model) < best_loss(stack, smoothed, model)
+
+
+def test_truth_beats_the_plane_sweep_with_occlusion(stack):
+    """Scatter fails this: it mixes light across the edges of near objects that occlusion keeps apart."""
+    assert best_loss(stack, stack.truth, "occlusion") < best_loss(stack, stack.start.inverse_depth_dpt, "occlusion")
+
+
+def test_refine_improves_the_plane_sweep(stack):
+    seen = []
+    refined = refine(
+        stack.frames, stack.focus, stack.kappa, stack.start, steps=15, progress=lambda *at: seen.append(at)
+    )
+    assert stack.error(refined) < 0.95 * stack.error(stack.start)
+    assert [step for step, _ in seen] == list(range(15))
+    assert seen[-1][1] < seen[0][1]
+    assert torch.isfinite(refined.aif).all()
+    assert (refined.std_dpt >= stack.start.std_dpt).all()
+    assert (refined.confidence <= stack.start.confidence).all()
+
+
+def test_no_steps_change_nothing(stack):
+    same = refine(stack.frames, stack.focus, stack.kappa, stack.start, steps=0)
+    assert torch.allclose(same.inverse_depth_dpt, stack.start.inverse_depth_dpt, rtol=1e-5)
+    assert torch.equal(same.aif, stack.start.aif)
+
+
+def test_missing_pixels_do_not_count(stack):
+    frames, valid = stack.frames.clone(), torch.ones(stack.frames.shape[0], 72, 96, dtype=torch.bool)
+    frames[0, :, :10] = torch.nan
+    frames[1, :, -10:] = 1e3
+    valid[1, -10:] = False
+    refined = refine(frames, stack.focus, stack.kappa, stack.start, steps=4, valid=valid)
+    moved = (refined.inverse_depth_dpt - stack.start.inverse_depth_dpt).abs() * stack.kappa.mean() / 4
+    assert torch.isfinite(refined.inverse_depth_dpt).all()
+    assert moved[-5:].mean() < 1  # light of 1000 would have thrown it far
+
+
+def test_a_wrong_focus_setting_is_found(stack):
+    """One frame's focus is misreported by half a pixel of blur: freeing it must lower the depth error it causes."""
+    wrong = stack.focus.clone()
+    wrong[1] += 0.5 * 4 / stack.kappa[1]
+    start = plane_sweep(stack.frames, wrong, stack.kappa)
+    held = refine(stack.frames, wrong, stack.kappa, start, steps=15)
+    freed = refine(stack.frames, wrong, stack.kappa, start, steps=15, config=RefineConfig(focus_step_px=0.04))
+    assert stack.error(freed) < stack.error(held)
