@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from calibration.edges import CalibrationError, Similarity
 
 MAX_DEGREE = 3
-MOVED_PX = 0.5
+MOVED_PX, MOVED_COC_RATIO = 0.3, 0.05
 
 FloatArray = NDArray[np.float64]
 
@@ -59,6 +59,7 @@ def fit_breathing(
     geometry: Sequence[Sequence[Similarity | None]],
     names: Sequence[str],
     arms_px: Sequence[float],
+    coc_px: Sequence[FloatArray],
 ) -> BreathingCurve:
     """The curve that the frames of all sweeps agree on; `CalibrationError` when a board moved.
 
@@ -66,6 +67,7 @@ def fit_breathing(
         positions: motor positions of every sweep's frames.
         geometry: of every frame relative to its sweep's sharpest one.
         arms_px: typical distance of each sweep's corners from the image centre, to turn scale into pixels.
+        coc_px: blur of every sweep's frames: a blurred board is placed less well.
     """
     rows = [
         (k, float(positions[k][i]), np.log(similarity.scale), similarity.shift_x_px, similarity.shift_y_px)
@@ -83,7 +85,8 @@ def fit_breathing(
     design = np.column_stack([basis[:, 1:], sweep[:, None] == np.arange(len(geometry))[None, :]]).astype(np.float64)
     arm = np.asarray(arms_px, np.float64)[sweep]
     to_px = np.column_stack([arm, np.ones(len(table)), np.ones(len(table))])
-    precise = arm / arm.max()  # a small board tells scale less well
+    blur = np.array([coc_px[k][i] for k, frames in enumerate(geometry) for i, g in enumerate(frames) if g is not None])
+    precise = arm / arm.max() / (1.0 + 0.1 * blur)  # a small board tells scale less well
     weight = np.ones(len(table))
     for _ in range(6):
         root = (np.sqrt(weight) * precise)[:, None]
@@ -91,8 +94,8 @@ def fit_breathing(
         left = (values - design @ solution) * to_px
         error = np.sqrt(np.sum(left**2, axis=1))
         weight = 1.0 / (1.0 + (error / max(3.0 * float(np.median(error)), 0.02)) ** 2)
-    worst = int(np.argmax(error))
-    if error[worst] > MOVED_PX and error[worst] > 5.0 * float(np.median(error)):
+    worst = int(np.argmax(error - MOVED_COC_RATIO * blur))
+    if error[worst] > MOVED_PX + MOVED_COC_RATIO * blur[worst] and error[worst] > 5.0 * float(np.median(error)):
         k = int(sweep[worst])
         frame = int(np.argmin(np.abs(positions[k] - position[worst])))
         raise CalibrationError(

@@ -7,7 +7,7 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -32,6 +32,7 @@ STRIP_ROWS = 240
 MAX_LEVEL_CHANGE = 0.05
 MAX_SATURATED = 0.01
 FLOOR_ROUNDS = 2
+MAX_FLOOR_SIGMA_PX, MIN_SIDE_PX = 1.2, 300
 TABLE_POSITIONS = 25
 UNMEASURED_SQUARE_RATIO = 5e-3  # usual error of a print that nobody measured
 MEASURED_SQUARE_RATIO = 5e-4
@@ -195,7 +196,16 @@ def calibrate(
             *_reference_views(stacks, found, blurs, curve, shape), shape, given=given
         )
         sigma, before = 0.0, 0.0
-        seen, poses, fit = _observe_and_fit(stacks, found, blurs, curve, intrinsics)
+        seen, poses, fit = _observe_and_fit(stacks, found, blurs, curve, intrinsics, sigma)
+        soft = np.sqrt(max(fit.floor2_px2, 0.0)) * FLOOR_TO_SIGMA > MAX_FLOOR_SIGMA_PX
+        if soft and min(shape) >= 2 * MIN_SIDE_PX:  # sampled finer than the lens resolves: the floor would rule the fit
+            return calibrate(
+                [_halved(stack) for stack in stacks],
+                focal_px=focal_px,
+                lens_name=lens_name,
+                f_number=f_number,
+                temperature_c=temperature_c,
+            )
         for _ in range(FLOOR_ROUNDS):
             before, sigma = sigma, float(np.sqrt(max(sigma**2 + fit.floor2_px2 * FLOOR_TO_SIGMA**2, 0.0)))
             bend = camera_matrix(intrinsics)
@@ -208,7 +218,7 @@ def calibrate(
 
             blurs = list(pool.map(again, zip(stacks, found, blurs, strict=True)))
             curve = _curve(stacks, blurs, names, shape)
-            seen, poses, fit = _observe_and_fit(stacks, found, blurs, curve, intrinsics)
+            seen, poses, fit = _observe_and_fit(stacks, found, blurs, curve, intrinsics, sigma)
     profile, sentences = _profile(stacks, poses, fit, curve, intrinsics, sigma, shape)
     profile = profile.model_copy(update={"lens": lens_name, "f_number": f_number, "temperature_c": temperature_c})
     return Calibration(
@@ -223,6 +233,14 @@ def calibrate(
         sentences=[intrinsics_sentence + ".", *sentences],
         bins=first.binning,
     )
+
+
+def _halved(stack: BoardStack) -> BoardStack:
+    """`stack` binned once more, 2 x 2."""
+    images = stack.sweep.images
+    height, width = images.shape[1] // 2, images.shape[2] // 2
+    binned = images[:, : 2 * height, : 2 * width].reshape(len(images), height, 2, width, 2).mean(axis=(2, 4))
+    return replace(stack, sweep=replace(stack.sweep, images=binned), binning=2 * stack.binning)
 
 
 def board_with_ruler(board: Board, ruler_mm: float, nominal_mm: float) -> Board:
@@ -274,9 +292,10 @@ def _observe_and_fit(
     blurs: Sequence[PatchBlur],
     curve: BreathingCurve,
     intrinsics: Intrinsics,
+    floor_sigma_px: float,
 ) -> tuple[Observations, list[Pose], Fit]:
     seen, poses = observe(stacks, found, blurs, curve, intrinsics)
-    return seen, poses, fit_blur(seen)
+    return seen, poses, fit_blur(seen, floor_sigma_px)
 
 
 def _positions(stack: FocalStack) -> tuple[FloatArray, Literal["step", "dioptre"], tuple[str, ...]]:
@@ -313,8 +332,10 @@ def _guess(shape: tuple[int, int]) -> Intrinsics:
 def _check_sharp_range(stacks: Sequence[BoardStack], found: Sequence[Found]) -> None:
     """`TOO_SHARP` when every frame of every sweep shows the whole board: nothing was out of focus."""
     for stack, where in zip(stacks, found, strict=True):
-        energy = np.array([np.var(cv2.Laplacian(image, cv2.CV_32F)) for image in stack.sweep.images])
-        if energy.min() < 0.5 * energy.max() or any(len(view.ids) < len(where.views[0].ids) for view in where.views):
+        smooth = [cv2.GaussianBlur(image, (0, 0), 2.0) for image in stack.sweep.images]  # noise is sharp in every frame
+        energy = np.array([np.var(cv2.Laplacian(image, cv2.CV_32F)) for image in smooth])
+        counts = [len(view.ids) for view in where.views]
+        if energy.min() < 0.7 * energy.max() or min(counts) < 0.8 * max(counts):
             return
     raise CalibrationError(
         "TOO_SHARP",
@@ -348,7 +369,16 @@ def _curve(
     center = np.array([(shape[1] - 1) / 2, (shape[0] - 1) / 2])
     arms = [float(np.sqrt(np.mean(np.sum((blur.corner_px - center) ** 2, axis=1)))) for blur in blurs]
     positions = [stack.sweep.positions for stack in stacks]
-    return fit_breathing(positions, [blur.geometry for blur in blurs], names, arms)
+    coc = [
+        np.array(
+            [
+                np.sqrt(max(float(np.median(b.coc2_px2[b.frame == i])), 0.0)) if g else 0.0
+                for i, g in enumerate(b.geometry)
+            ]
+        )
+        for b in blurs
+    ]
+    return fit_breathing(positions, [blur.geometry for blur in blurs], names, arms, coc)
 
 
 def _given_focal(stacks: Sequence[BoardStack], focal_px: Measured | None, binning: int) -> Measured | None:

@@ -29,6 +29,7 @@ BLUR_STD_PX, BLUR_STD_RATIO = 0.03, 0.002  # what the template does not explain,
 MAX_DEGREE = 4
 SMALL_BLUR_PX = 5.0  # stage 2 leaves out what is smaller: there the floor's shape counts, not only its size
 FLOOR_SHAPE_PX2 = 0.3  # error of c^2 there when the bank already has a floor of the right size
+FLOOR_SHAPE_RATIO = 0.08  # of the floor's own c^2, where blur is not much larger than the floor
 OUTLIER_SIGMAS = 5.0
 MIN_DEPTH_SHARE = 0.05  # of the sweep's dioptre range, between the nearest and the farthest patch
 TAU_ROUNDS = 5
@@ -107,11 +108,14 @@ class Fit:
         return self.pupil_m * seen.focal_px * (self.law(seen.position) - seen.inverse_depth_dpt)
 
 
-def fit_blur(seen: Observations) -> Fit:
+def fit_blur(seen: Observations, floor_sigma_px: float = 0.0) -> Fit:
     """Two-stage robust fit of `seen`; `CalibrationError` names what makes it impossible.
 
     Stage 1 takes every patch; stage 2, started from it, only those whose predicted blur exceeds 5 px (or a third
     of the largest), because near focus the shape of the floor is mistaken for size.
+
+    Args:
+        floor_sigma_px: Gaussian floor that the templates already had; what it hides counts in the uncertainties.
     """
     _check_bracketed(seen)
     start = _linear_start(seen)
@@ -120,7 +124,9 @@ def fit_blur(seen: Observations) -> Fit:
     predicted = np.abs(first.signed_coc_px(seen))
     cut = min(SMALL_BLUR_PX, float(predicted.max()) / 3)
     # sharp patches stay in as the floor's anchor, with the uncertainty of its shape
+    floor2 = (floor_sigma_px / FLOOR_TO_SIGMA) ** 2 + abs(first.floor2_px2)
     blunt = np.where(predicted < cut, FLOOR_SHAPE_PX2 + 0.5 * abs(first.floor2_px2), 0.0)
+    blunt += FLOOR_SHAPE_RATIO * floor2 / (1.0 + predicted**2 / max(4.0 * floor2, 1e-6))
     second = _fit_hierarchical(seen, first, degree, extra_std_px2=blunt, diagnose=True)
     gap = abs(second.pupil_m - first.pupil_m) / max(float(np.hypot(first.pupil_std_m, second.pupil_std_m)), 1e-12)
     if gap > 3.0 and abs(second.pupil_m / first.pupil_m - 1.0) > 0.1:
