@@ -45,9 +45,7 @@ def train_command(
     if recipe is None and not stacks:
         raise UsageError("name the stacks to train on, or --recipe default to train on simulated ones")
     if recipe not in (None, "default"):
-        raise UsageError(
-            f"--recipe is {recipe!r}; the only one is default (change it by --config)"
-        )
+        raise UsageError(f"--recipe is {recipe!r}; the only one is default (change it by --config)")
     if recipe is not None and stacks:
         raise UsageError("--recipe trains on simulated stacks; leave the captured ones out")
     from reconstruct.device import pick_device
