@@ -20,7 +20,7 @@ from capture.errors import DaifError, UsageError
 
 MAX_DEATHS = 2
 POLL_S = 0.1
-NO_WORKER_LIMIT_S = 60.0
+NO_WORKER_LIMIT_S = 300.0  # a restarted worker imports torch, a queued one waits for its machine
 
 
 @dataclass
@@ -61,8 +61,13 @@ def connect(workers: int, address: str | None) -> Iterator[Any]:
             yield client
         return
     quiet = {"distributed.logging.distributed": "critical", "distributed.admin.log-format": "%(message)s"}
+    patient = {  # by default a worker that takes over 15 s to restart, as on a busy machine, is given up for good
+        "distributed.deploy.lost-worker-timeout": "1h",
+        "distributed.comm.timeouts.connect": "30s",
+        "distributed.worker.daemon": False,
+    }
     with (
-        dask.config.set({**quiet, "distributed.worker.daemon": False, "distributed.comm.timeouts.connect": "30s"}),
+        dask.config.set({**quiet, **patient}),
         LocalCluster(
             n_workers=workers,
             threads_per_worker=1,
@@ -120,7 +125,8 @@ def _sent_name(file: Path) -> str:
 def run_on(client: Any, items: Sequence[str], call: Callable[[str], dict[str, Any]]) -> Iterator[Finished]:
     """Call `call(item)` on the client's workers and yield each item as it ends, in any order.
 
-    Raises DaifError if the scheduler goes away or no worker is left for a minute; what was yielded stays done.
+    Raises DaifError if the scheduler goes away or no worker is there for `NO_WORKER_LIMIT_S`; what was yielded stays
+    done.
     """
     board = _Board(waiting=deque(items))
     alone_since: float | None = None

@@ -105,3 +105,25 @@ def test_no_scheduler_is_one_sentence():
         cluster.connect(0, "tcp://127.0.0.1:1"),
     ):
         pass
+
+
+def read_sent(item):
+    return {"text": cluster.sent_file(Path(item)).read_text(), "pid": os.getpid()}
+
+
+def test_files_travel_to_every_worker_once(client, tmp_path):
+    weights = tmp_path / "weights.safetensors"
+    weights.write_text("1 MB of weights")
+    cluster.send_files(client, [weights])
+    weights.unlink()  # another machine does not have it
+    found = [
+        client.submit(read_sent, str(weights), workers=[address], pure=False) for address in cluster._workers(client)
+    ]
+    records = [future.result() for future in found]
+    assert {record["text"] for record in records} == {"1 MB of weights"}
+    assert len({record["pid"] for record in records}) == 2
+
+
+def test_a_file_that_is_not_there_is_one_sentence(client, tmp_path):
+    with pytest.raises(UsageError, match=r"none\.safetensors cannot be read"):
+        cluster.send_files(client, [tmp_path / "none.safetensors"])
