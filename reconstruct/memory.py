@@ -19,7 +19,7 @@ from capture.errors import NoSpaceError
 SWEEP_BYTES = (470, 175)
 NETWORK_BYTES = (650, 200)
 REFINE_BYTES = (2500, 350)
-OUTPUT_BYTES_PER_PX = 70  # depth, spread, confidence, sharp image, and what writing and the report add
+OUTPUT_BYTES_PER_PX = 45  # depth, spread, confidence, sharp image, and what writing and the report add
 FIXED_BYTES = 200_000_000
 USABLE = 0.85  # share of the free memory that may be planned for
 
