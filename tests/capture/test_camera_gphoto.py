@@ -68,6 +68,11 @@ def state(rig):
     return json.loads((rig / "state.json").read_text())
 
 
+def from_sensor_m(focus_dpt):
+    """What a body with the rig's 50 mm lens writes as subject distance: cameras count from the sensor."""
+    return 1.0 / focus_dpt + 0.050 / (1.0 - 0.050 * focus_dpt)
+
+
 def run_on_rig(rig, *arguments, env=None):
     """`daif` in a subprocess with the rig as its camera driver."""
     command = [sys.executable, str(RIG), *map(str, arguments)]
@@ -117,7 +122,7 @@ def test_the_body_is_found_described_and_driven(rig):
         assert frame.f_number == 4.0
         exif = read_exif(frame.originals[0][1])
         assert exif.model == "NIKON D750"
-        assert exif.focus_distance_m == pytest.approx(1.0 / focus_dpt_at(1180), rel=1e-3)  # 20 units of play
+        assert exif.focus_distance_m == pytest.approx(from_sensor_m(focus_dpt_at(1180)), rel=1e-3)  # 20 units of play
         with pytest.raises(UnsupportedControl):
             camera.preview()
     with pytest.raises(CameraClosed):
@@ -324,8 +329,7 @@ def test_capture_end_to_end_on_real_libgphoto2(rig, tmp_path):
             distances.append(exif.focus_distance_m)
         # the gear has 20 units of play: taken up towards near at the stop, towards far at every frame after it
         focus_dpt = [focus_dpt_at(20 if steps == 0 else 10 * steps - 20) for steps in range(0, 300, 29)]
-        from_sensor_m = [1.0 / q + 0.050 / (1.0 - 0.050 * q) for q in focus_dpt]
-        np.testing.assert_allclose(distances, from_sensor_m, rtol=2e-3)
+        np.testing.assert_allclose(distances, [from_sensor_m(q) for q in focus_dpt], rtol=2e-3)
         check_peaks(found, np.array(focus_dpt))
     assert abs(state(rig)["units"] - 900) <= 50  # back where it stood, as well as a relative lens can know
 
