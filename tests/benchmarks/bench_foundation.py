@@ -71,8 +71,18 @@ class Scored:
     kappa_px_per_dpt: NDArray[np.float64]
 
 
-def score(stack: FoundationStack) -> dict[str, Scores]:
-    """Figures of every method on one stack: "sweep", "sff9" ... and "constant"."""
+Pool = list[tuple[NDArray[np.floating], NDArray[np.floating]]]  # (error in px of CoC, confidence) of every scene
+
+
+def pooled_cut(pool: Pool) -> float:
+    """How much the MAE over the pixels of all scenes falls when only the most confident 70 % of them all are kept."""
+    error, confidence = (np.concatenate(part) for part in zip(*pool, strict=True))
+    kept = np.argsort(-confidence, kind="stable")[: round(0.7 * error.size)]
+    return 1 - float(error[kept].mean() / error.mean())
+
+
+def score(stack: FoundationStack, pool: Pool) -> dict[str, Scores]:
+    """Figures of every method on one stack: "sweep", "sff9" ... and "constant"; the sweep's pixels go into `pool`."""
     truth = stack.scene.depth_m
     kappa = float(stack.kappa.mean())
     scores: dict[str, Scores] = {}
@@ -89,6 +99,9 @@ def score(stack: FoundationStack) -> dict[str, Scores]:
     answer = Scored(
         found.inverse_depth_dpt.numpy(), found.std_dpt.numpy(), found.confidence.numpy(), np.asarray(stack.kappa)
     )
+    known = np.isfinite(truth) & (truth > 0)
+    error_px = kappa * np.abs(answer.inverse_depth_dpt[known] - 1 / truth[known])
+    pool.append((error_px, answer.confidence[known]))
     scores["sweep"] = (
         metrics.depth_metrics(answer, truth)
         | metrics.image_metrics(found.aif.permute(1, 2, 0).numpy(), stack.scene.aif)
@@ -137,7 +150,7 @@ def best_window(rows: Rows) -> str:
     return min((f"sff{w}" for w in WINDOWS_PX), key=lambda name: means(rows, name)["mae_coc_px"])
 
 
-def goals(tables: Tables, motorcycle_scores: Scores) -> list[Goal]:
+def goals(tables: Tables, motorcycle_scores: Scores, pool: Pool) -> list[Goal]:
     """Every goal of issue 2, item 7, with what was measured."""
     base = tables["dslr", "noisy"]
     peer = best_window(base)
@@ -153,7 +166,8 @@ def goals(tables: Tables, motorcycle_scores: Scores) -> list[Goal]:
         Goal("Motorcycle 640x480x5 CPU s, one core", motorcycle_scores["cpu_s"], 1.5),
         Goal("AIF PSNR above the best sharpest-frame window, median dB", float(np.median(gain)), 1.5, at_least=True),
         Goal("AIF PSNR above it on the worst scene, dB", float(min(gain)), 0.0, at_least=True),
-        Goal("MAE cut, most confident 70 %, mean of scenes", mine["kept70_cut"], 0.5, at_least=True),
+        Goal("MAE cut, most confident 70 % of the pixels of all scenes", pooled_cut(pool), 0.5, at_least=True),
+        Goal("MAE cut, most confident 70 % of each scene, mean", mine["kept70_cut"], 0.5, at_least=True),
     ]
     for kind, condition in (("disc blur", "disc_noisy"), ("3 x noise", "noisy3")):
         if ("dslr", condition) in tables:
@@ -202,16 +216,18 @@ def main(argv: list[str]) -> None:
     cv2.setNumThreads(1)
     scenes = [half_size_scene(name) for name in scene_names()]
     tables: Tables = {}
+    pools: dict[tuple[str, str], Pool] = {}
     for optics in chosen.optics:
         for condition in chosen.conditions:
-            tables[optics, condition] = {s.name: score(foundation_stack(s, optics, condition)) for s in scenes}
+            pool = pools[optics, condition] = []
+            tables[optics, condition] = {s.name: score(foundation_stack(s, optics, condition), pool) for s in scenes}
             if condition == "noisy":
                 print_scenes(tables[optics, condition], f"{optics}, noisy")
     print_means(tables)
     result: dict[str, Any] = {"/".join(key): rows for key, rows in tables.items()}
     if ("dslr", "noisy") in tables:
         full = motorcycle_full_size()
-        reached = goals(tables, full)
+        reached = goals(tables, full, pools["dslr", "noisy"])
         print(f"\nMotorcycle 640x480x5: {full['cpu_s']:.2f} s, shape from focus 9x9 {full['sff9_cpu_s']:.2f} s\n")
         for goal in reached:
             print(goal)
