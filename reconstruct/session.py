@@ -15,10 +15,10 @@ import math
 import shutil
 import time
 import webbrowser
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from starlette.applications import Starlette
@@ -39,6 +39,8 @@ from reconstruct.session_camera import CameraThread
 from reconstruct.session_folder import SessionFolder, Take
 from reconstruct.session_plan import Wishes, distance_m, optics_with, plan_facts, position_at, scale_facts, sweep_for
 from reconstruct.session_work import FullJob, LookJob, News, Reconstructor, Training, train_command
+
+Found = TypeVar("Found")
 
 MAX_MESSAGE_BYTES = 4096
 MALFORMED_ALLOWED = 50  # per connection; then it is closed
@@ -628,7 +630,8 @@ class Session:
         return HTMLResponse(resources.files("reconstruct").joinpath("pages/session.html").read_text(encoding="utf-8"))
 
     async def frame(self, request: Request) -> Response:
-        jpeg = self.camera.thumbnails.get((request.path_params["take"], request.path_params["index"]))
+        key = request.path_params["take"], request.path_params["index"]
+        jpeg = await _soon(lambda: self.camera.thumbnails.get(key))
         return web.not_found() if jpeg is None else Response(jpeg, media_type="image/jpeg")
 
     async def look(self, request: Request) -> Response:
@@ -639,12 +642,22 @@ class Session:
         return Response(getattr(found, name), media_type="image/jpeg")
 
     async def result_file(self, request: Request) -> Response:
-        path = web.file_below(self.folder.results, request.path_params["path"])
+        path = await _soon(lambda: web.file_below(self.folder.results, request.path_params["path"]))
         if path is None:
             return web.not_found()
         # a report is complete in itself; the policy in its own head is stricter than the server's
         policy = {"Content-Security-Policy": "frame-ancestors 'self'"} if path.suffix == ".html" else None
         return FileResponse(path, headers=policy)
+
+
+async def _soon(find: Callable[[], Found | None]) -> Found | None:
+    """What `find` finds, within half a second: a result is renamed into place while the page already asks for it."""
+    for _ in range(10):
+        found = find()
+        if found is not None:
+            return found
+        await asyncio.sleep(0.05)
+    return None
 
 
 def session_app(session: Session) -> Starlette:

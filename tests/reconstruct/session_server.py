@@ -57,7 +57,14 @@ def session(
     """A running session; ended, if need be killed, on the way out."""
     command = [sys.executable, *program, "session", "--camera", camera, "-o", str(out), "--no-browser", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    # a test run in the background inherits an ignored SIGINT, which the session would inherit in turn
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
+    )
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
