@@ -39,7 +39,7 @@ PsfShape = Literal["disc", "gaussian"]
 
 LAYER_STEP_PX = 2.5  # CoC diameter between layers: 0.6 to 0.7 px of blur std (notes/forward-model.md, "Cost")
 MAX_LAYERS = 48
-TILE_PX = 400  # side of the tiles that large images are rendered in: bounded memory, warm caches
+TILE_PX = 300  # side of the tiles that large images are rendered in: bounded memory, warm caches
 TAIL_SIGMAS = 4.5  # a Gaussian's reach: 7e-6 of its mass lies beyond
 LEAST_WEIGHT = 1e-3  # of a layer and everything behind it, below which it has no colour
 SCALE_KNEE, SCALE_RATIO = 0.3, 1.5  # of the gather's blur levels (notes/performance.md 1.1, last row)

@@ -197,7 +197,8 @@ def gather_accuracy() -> tuple[float, float, float]:
 
     wanted = (last(small) - last(-small)) / (2 * small)
     cosine = torch.cosine_similarity(slope.flatten(), wanted.flatten(), dim=0)
-    return float(error.mean()), float(error.detach().quantile(0.999)), float(cosine)
+    error = error.detach()
+    return float(error.mean()), float(error.quantile(0.999)), float(cosine)
 
 
 def alone(model: str, psf: str, height: int, width: int, sigma_px: float) -> dict[str, float]:
