@@ -431,14 +431,3 @@ def estimate_gain(frames: Tensor, focus_dpt: Tensor) -> float:
         below, lowest, above = left[best - 1 : best + 2]
         at += math.log(1.25) * (below - above) / (2 * (below - 2 * lowest + above) + 1e-12)
     return math.exp(at) * factor / span
-
-
-def relative_optics(frames: Tensor) -> tuple[Tensor, Tensor]:
-    """Focus coordinates (S,) and blur gains (S,) for a stack whose focus distances are unknown.
-
-    The sweep is taken to be in frame order and even in dioptres: frame 0 is at 1, the last at 0. Depth found with
-    them is affine in inverse depth with unknown scale, offset and, if the sweep ran far to near, sign
-    (design section 2); mark it `metric=False`.
-    """
-    focus = torch.linspace(1, 0, frames.shape[0], device=frames.device)
-    return focus, torch.full_like(focus, estimate_gain(frames, focus))
