@@ -1,7 +1,8 @@
 """How well a lens is calibrated: errors and coverage over noise and board distances, on measurements and on images.
 
-Development was on `Truth()` and on the cameras of tests/calibration; of the configurations here only the first image-level
-camera is no longer held out (a limit, a floor term and the binning were chosen after it had failed). `--speed` times four sweeps of eleven frames of 24 megapixels (needs 2 GB of disk).
+Development was on `Truth()` and on the cameras of tests/calibration. Of the configurations here only the first
+image-level camera is no longer held out: a limit, a floor term and the binning were chosen after it had failed.
+`--speed` times four sweeps of eleven frames of 24 megapixels (needs 2 GB of disk).
 """
 
 from __future__ import annotations
