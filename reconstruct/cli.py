@@ -96,13 +96,57 @@ def reconstruct_command(
 @app.command("evaluate")
 def evaluate_command(
     out: Annotated[Path, typer.Argument(help="Folder that `daif reconstruct` wrote.")],
-    truth: Annotated[Path, typer.Option(help="Folder with NAME.h5, NAME/depth.png (mm), NAME.png or NAME.npy.")],
+    truth: Annotated[
+        Path,
+        typer.Option(help="Folder with NAME.h5, NAME/depth.png (mm), NAME.png, NAME.npy; the data set of --protocol."),
+    ],
+    protocol: Annotated[
+        str | None, typer.Option(help="Score as a published table does: nyuv2, defocusnet, ddff12 or zedd.")
+    ] = None,
+    subset: Annotated[bool, typer.Option("--subset", help="With --protocol: score the scenes there are.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Print the errors of reconstructions against true depth."""
+    if protocol is not None:
+        from reconstruct import protocols
+
+        protocols.run(protocol, out, truth, subset=subset, as_json=as_json)
+        return
+    if subset:
+        raise UsageError("--subset belongs to --protocol; without one every reconstruction is scored anyway")
     from reconstruct import evaluate
 
     evaluate.run(out, truth, as_json=as_json)
+
+
+@app.command("import-dataset")
+def import_dataset_command(
+    kind: Annotated[str, typer.Argument(help="nyuv2, defocusnet, ddff12, zedd or mobile-depth.")],
+    source: Annotated[Path, typer.Argument(help="The data set as downloaded and unpacked: its file or folder.")],
+    out: Annotated[Path, typer.Option("--output", "-o", help="Folder for the stacks, one per scene.")],
+    split: Annotated[str | None, typer.Option(help="test, train, val, all; left out, what tables use.")] = None,
+    frames: Annotated[str | None, typer.Option(help="Only these frames of each stack: 0,2,4,6,9.")] = None,
+    renderer: Annotated[str, typer.Option(help="nyuv2: aperture (our camera) or published (theirs).")] = "aperture",
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many scenes.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite stacks that exist.")] = False,
+) -> None:
+    """Make focal stacks, with truth, of a published data set that you have downloaded."""
+    from reconstruct import datasets
+
+    try:
+        chosen = None if frames is None else [int(part) for part in frames.split(",")]
+    except ValueError:
+        raise UsageError(f"--frames is {frames!r}; it must be numbers with commas, like 0,2,4,6,9") from None
+    datasets.import_dataset(
+        kind,
+        source,
+        out,
+        split=split,
+        frames=chosen,
+        renderer=renderer,
+        limit=limit,
+        overwrite=force,
+    )
 
 
 @app.command("view")
@@ -122,7 +166,7 @@ def session_command(
     camera: Annotated[str, typer.Option(help="gphoto2:, opencv:0, picamera2:, simulated:SCENE or replay:FOLDER.")],
     out: Annotated[Path, typer.Option("--output", "-o", help="Folder of the session; an existing one is continued.")],
     lens: Annotated[str | None, typer.Option(help="lens.yaml of a calibration, or optics: '50mm f/2.8 12um'.")] = None,
-    method: Annotated[str | None, typer.Option(help="network (where there are weights) or plane-sweep.")] = None,
+    method: Annotated[str, typer.Option(help="network or plane-sweep.")] = "plane-sweep",
     weights: Annotated[str, typer.Option(help="Weights of the network: a name or a file.")] = "default",
     refine: Annotated[int, typer.Option(min=0, help="Gradient steps through the renderer after the first answer.")] = 0,
     manual_focus: Annotated[bool, typer.Option("--manual-focus", help="You turn the ring by hand.")] = False,
