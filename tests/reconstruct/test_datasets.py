@@ -41,7 +41,7 @@ def test_nyuv2_is_rendered_with_the_published_camera(tmp_path, renderer):
     np.testing.assert_allclose(truth[20:, 20:], depth[1][40::2, 40::2], atol=0.02)  # upright, not mirrored
     # the frame focused nearest shows the near columns as the photograph has them, the far ones blurred
     sharp = images[1].reshape(240, 2, 320, 2, 3).mean(axis=(1, 3))
-    error = np.abs(frames[1] - sharp).mean(axis=(0, 2))
+    error = np.abs(frames[1] - sharp)[:60].mean(axis=(0, 2))
     assert error[10:40].mean() < 0.5 * error[250:300].mean()
     assert stack.transfer == {"aperture": "srgb", "published": "linear"}[renderer]
 
