@@ -61,7 +61,7 @@ class DefocusNet:
         return Sample(frames, np.array(self.focus_m), "srgb", self.lens, known)
 
     def truth(self, name: str) -> FloatMap:
-        return _exr_channel(self.scenes[name][1], "R")
+        return np.nan_to_num(_exr_channel(self.scenes[name][1], "R"), nan=0.0, posinf=0.0)
 
 
 class Zedd:
