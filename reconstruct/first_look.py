@@ -6,7 +6,6 @@ It is for the operator's eyes, who decides whether to sweep again; the full reco
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import cv2
@@ -22,30 +21,9 @@ from reconstruct import export
 from reconstruct.estimate import Estimate
 from reconstruct.optics import optics_of
 from reconstruct.plane_sweep import estimate_gain, plane_sweep
+from reconstruct.session_work import Look
 
 LOOK_PX = 512  # longer side
-
-
-@dataclass(frozen=True)
-class Look:
-    """What the page shows: two JPEGs and what they mean.
-
-    Attributes:
-        depth_jpeg, aif_jpeg: sRGB pictures of the same size.
-        near_m, far_m: nearest and farthest depth (1st and 99th percentile); None where depth is only ordered.
-        std_m: median standard deviation of the depth in metres, or None.
-        confident: share of the picture with a confidence above 0.5.
-    """
-
-    depth_jpeg: bytes
-    aif_jpeg: bytes
-    near_m: float | None
-    far_m: float | None
-    std_m: float | None
-    confident: float
-    n_frames: int
-    seconds: float
-    cpu_seconds: float
 
 
 def first_look(stack: FocalStack, profile: LensProfile | None, device: torch.device, model: Any = None) -> Look:

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import json
 import math
+import re
 import shutil
 import time
 import webbrowser
@@ -38,7 +39,7 @@ from reconstruct import web
 from reconstruct.session_camera import CameraThread
 from reconstruct.session_folder import SessionFolder, Take
 from reconstruct.session_plan import Wishes, distance_m, optics_with, plan_facts, position_at, scale_facts, sweep_for
-from reconstruct.session_work import FullJob, LookJob, News, Reconstructor, Training, train_command
+from reconstruct.session_work import FULL_NICE, FullJob, LookJob, News, Reconstructor, Training, train_command
 
 Found = TypeVar("Found")
 
@@ -47,6 +48,7 @@ MALFORMED_ALLOWED = 50  # per connection; then it is closed
 SENDS_PER_S = 100  # live pictures in all, whoever is watching
 STATE_PERIOD_S = 0.05
 DISK_LOW_BYTES = 2_000_000_000
+BATTERY_LOW_PERCENT = 20
 
 
 # --- what a page may say
@@ -166,7 +168,7 @@ class Session:
         self.picture: tuple[int, bytes] = (0, b"")
         self.looks: dict[tuple[str, int], Any] = {}
         self.look_version = 0
-        self.work: dict[str, Any] = {"text": "", "share": None, "take": None}
+        self.at_work: dict[type, dict[str, Any]] = {}
         self.facts: dict[int, dict[str, Any]] = {}
         self.failures: dict[int, str] = {}
         self.training: Training | None = None
@@ -183,7 +185,8 @@ class Session:
             captured=self._captured,
         )
         self.camera.watched = lambda: bool(self.clients)
-        self.reconstructor = Reconstructor(self._news, device, self._network())
+        self.looker = Reconstructor(self._news, device, wanted=self._wanted, warm=True, on_ready=self.changed)
+        self.reconstructor = Reconstructor(self._news, device, nice=FULL_NICE)
 
     # --- life
 
@@ -193,6 +196,7 @@ class Session:
         self._loop = asyncio.get_running_loop()
         self.folder.log("session opened")
         self.camera.start()
+        self.looker.start()
         self.reconstructor.start()
         try:
             yield
@@ -203,6 +207,7 @@ class Session:
         self.camera.close()
         if self.training is not None and self.training.state == "running":
             self.training.stop()
+        self.looker.close()
         self.reconstructor.close()
         self.folder.log("session closed")
         self.folder.close()
@@ -228,25 +233,41 @@ class Session:
         self._wake()
 
     def _captured(self, number: int, complete: bool) -> None:
-        """A frame was stored: look at what is there, unless the reconstruction is behind."""
+        """A frame was stored: look at what is there, unless the looks are behind; at the last one in any case.
+
+        The sweep ends some time after its last frame, when the lens is back where it stood; the look does not wait.
+        """
         take = self.folder.take(number)
         stack = self.folder.stack(number)
         if complete:
             self._look_at(number, stack)
             self._reconstruct(number)
-        elif take is not None and 3 <= take.frames < take.planned and self.reconstructor.idle:
+        elif take is not None and take.frames >= 3 and (self.looker.idle or take.frames == take.planned):
             self._look_at(number, partial_path(stack))
         self.changed()
 
+    def _wanted(self, job: LookJob | FullJob) -> bool:
+        """Whether a look would show more than the one that is shown."""
+        take, facts = self.folder.take(job.number), self.facts.get(job.number)
+        return (
+            take is None
+            or facts is None
+            or not (isinstance(job, LookJob) and job.purpose == "take")
+            or facts["n_frames"] < take.frames
+        )
+
     def _news(self, news: News) -> None:
         job = news.job
-        if news.what == "look" and isinstance(job, LookJob):
+        if isinstance(job, LookJob) and job.purpose == "take" and self.folder.has_result(job.number):
+            pass  # overtaken by the full reconstruction
+        elif news.what == "look" and isinstance(job, LookJob):
             self.looks[job.purpose, job.number] = look = news.content
             self.look_version += 1
             if job.purpose == "take":
                 names = ("near_m", "far_m", "std_m", "confident", "n_frames", "seconds")
                 self.facts[job.number] = {name: getattr(look, name) for name in names}
-            if job.stack.suffix != ".partial":
+            take = self.folder.take(job.number)
+            if job.purpose == "take" and take is not None and look.n_frames == take.planned:
                 self.folder.log(
                     f"take {job.number:03d}: first look, {look.seconds:.1f} s ({look.cpu_seconds:.1f} s CPU)"
                 )
@@ -260,10 +281,11 @@ class Session:
             self.failures[job.number] = news.text
             self.folder.log(f"take {job.number:03d}: {news.text}")
         if news.what in ("started", "progress"):
-            kind = "first look" if isinstance(job, LookJob) else news.text or "reconstructing"
-            self.work = {"text": kind, "share": news.share if isinstance(job, FullJob) else None, "take": job.number}
+            full = isinstance(job, FullJob)
+            text = news.text or ("reconstructing" if full else "first look")
+            self.at_work[type(job)] = {"text": text, "share": news.share if full else None, "take": job.number}
         else:
-            self.work = {"text": "", "share": None, "take": None}
+            self.at_work.pop(type(job), None)
         self.changed()
 
     # --- reconstruction
@@ -282,7 +304,7 @@ class Session:
         return "network" if self.method == "network" else "plane sweep"
 
     def _look_at(self, number: int, stack: Path) -> None:
-        self.reconstructor.add(LookJob(number, stack, self.lens_file))
+        self.looker.add(LookJob(number, stack, self.lens_file))
 
     def _reconstruct(self, number: int) -> None:
         network = self._network()
@@ -437,9 +459,8 @@ class Session:
         if training is not None and training.state == "finished" and training.weights is not None:
             assert self.held_out is not None
             stack = self.folder.stack(self.held_out)
-            before = str(self.folder.weights or self.weights)
-            for purpose, weights in (("before", before), ("after", str(training.weights))):
-                self.reconstructor.add(LookJob(self.held_out, stack, self.lens_file, weights, purpose))  # type: ignore[arg-type]
+            for purpose, weights in (("before", self._network()), ("after", str(training.weights))):
+                self.looker.add(LookJob(self.held_out, stack, self.lens_file, weights, purpose))  # type: ignore[arg-type]
         self.changed()
 
     def _decide(self, do: str) -> str | None:
@@ -479,7 +500,7 @@ class Session:
             "sweep": None if camera.sweep is None else self._sweep_facts(),
             "question": camera.question,
             "takes": [self._take_facts(take) for take in self.folder.record.takes],
-            "work": {"ready": self.reconstructor.ready, **self.work},
+            "work": {"ready": self.looker.ready, **self._work_facts()},
             "training": self._training_facts(),
             "looks": self.look_version,
             "disk": self._disk_facts(),
@@ -503,6 +524,7 @@ class Session:
             "exposure": None if exposure is None else vars(exposure),
             "exposure_note": camera.exposure_note,
             "battery": camera.battery,
+            "battery_low": camera.battery is not None and _is_low(camera.battery),
         }
 
     def _mark_facts(self, position: float | None) -> dict[str, Any] | None:
@@ -558,6 +580,10 @@ class Session:
             "before": ("before", self.held_out) in self.looks,
             "after": ("after", self.held_out) in self.looks,
         }
+
+    def _work_facts(self) -> dict[str, Any]:
+        nothing = {"text": "", "share": None, "take": None}
+        return self.at_work.get(FullJob) or self.at_work.get(LookJob) or nothing
 
     def _disk_facts(self) -> dict[str, Any]:
         free = shutil.disk_usage(self.folder.path).free
@@ -679,7 +705,7 @@ def run(
     out: Path,
     *,
     lens: str | None,
-    method: str | None,
+    method: str,
     weights: str = "default",
     refine_steps: int = 0,
     device: str = "auto",
@@ -691,13 +717,11 @@ def run(
     browser: bool = True,
 ) -> None:
     """Serve a session until interrupted. Raises UsageError, DataError or LockedError before it starts."""
-    from reconstruct.checkpoint import DEFAULT_WEIGHTS
-    from reconstruct.device import pick_device
+    if device != "auto":  # only then: the page is up seconds earlier without torch in this process
+        from reconstruct.device import pick_device
 
-    pick_device(device)
+        pick_device(device)
     optic = read_lens(lens) if lens else None
-    if method is None:
-        method = "network" if weights != "default" or DEFAULT_WEIGHTS.exists() else "plane-sweep"
     if method not in ("network", "plane-sweep"):
         raise UsageError(f"--method is {method!r}; it must be network or plane-sweep")
     camera = open_camera(camera_uri, manual_focus=manual_focus)
@@ -720,6 +744,12 @@ def run(
             webbrowser.open(url)
 
     web.serve(session_app(session), host, port, ready)
+
+
+def _is_low(battery: str) -> bool:
+    """Whether a camera's words for its battery ("15%", "Low") mean that it may not last a sweep."""
+    share = re.search(r"(\d+) ?%", battery)
+    return int(share[1]) <= BATTERY_LOW_PERCENT if share else battery.strip().lower() in ("low", "empty", "exhausted")
 
 
 def _json_ready(value: Any) -> Any:

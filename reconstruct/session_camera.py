@@ -82,7 +82,7 @@ class CameraThread:
     ) -> None:
         self.folder, self.optic, self.options = folder, optic, options
         self.changed, self.pictured, self.captured = changed, pictured, captured
-        self.camera: Any = _Tapped(camera, self._show, self._keep)
+        self.camera: Any = _Held(camera, self._show, self._keep)
         self.state = "connecting"
         self.problem: str | None = None
         self.info: CameraInfo | None = None
@@ -193,7 +193,7 @@ class CameraThread:
                 with contextlib.suppress(queue.Empty):
                     self._guarded(self._commands.get(timeout=max(0.005, LIVE_PERIOD_S + began - time.monotonic())))
         finally:
-            self.camera.close()
+            self.camera.let_go()
 
     def _step(self) -> None:
         if self.info is None:
@@ -215,13 +215,13 @@ class CameraThread:
 
     def _failed(self, text: str) -> None:
         self.folder.log(f"camera: {text}")
-        self.camera.close()
+        self.camera.let_go()
         self._wanted = None
         self._set(state="gone", problem=text, info=None, live=False, sweep=None, question=None)
 
     def _connect(self) -> None:
         self._set(state="connecting", problem=None)
-        self.camera.close()
+        self.camera.let_go()
         info = self.camera.open()
         limits = None if info.capabilities.focus == "manual" else self.camera.focus_range()
         self._lock(self.options.exposure)
@@ -236,7 +236,7 @@ class CameraThread:
         self._homed = info.capabilities.focus != "relative"
         position = self.camera.position() if self._homed else None
         first = self.info is None
-        self._set(state="idle", info=info, limits=limits, live=live, position=position)
+        self._set(state="idle", info=info, limits=limits, live=live, position=position, battery=info.battery)
         if first:
             self.folder.log(f"camera: {info.make} {info.model} connected")
 
@@ -280,7 +280,6 @@ class CameraThread:
         self.folder.update(number, status="capturing", problem="")
         self.folder.log(f"take {number:03d}: {'resumed' if resume else 'started'}, {len(sweep)} frames")
         self._set(state="sweeping", problem=None, sweep=SweepView(number, len(sweep)))
-        self.camera.close()
         problem: str | None = None
         try:
             found = run_sweep(
@@ -318,9 +317,14 @@ class CameraThread:
         else:
             self.folder.drop(number)
             self.folder.log(f"take {number:03d}: {problem}; nothing was stored")
-        self._connect()
-        if problem not in (None, "stopped"):
-            self._set(problem=problem)
+        if problem in (None, "stopped") and f_number is None:
+            self.camera.keep()
+            self._homed = True
+            self._set(state="idle", position=self.camera.position())
+        else:  # from a new connection, with the settings that the sweep changed put back
+            self._connect()
+            if problem != "stopped":
+                self._set(problem=problem)
 
     def _progress(self, number: int, progress: SweepProgress) -> None:
         view = self.sweep
@@ -356,8 +360,7 @@ class CameraThread:
 
     def _keep(self, frame: Frame) -> None:
         self._last_frame = frame
-        battery = frame.metadata.get("batterylevel")
-        self.battery = None if battery is None else str(battery)
+        self.battery = frame.metadata.get("batterylevel", self.battery)
 
     def _thumbnail(self) -> bytes:
         """The frame just stored, small: from its pixels, its JPEG, or (RAW only) the live view of that moment."""
@@ -381,13 +384,36 @@ class CameraThread:
         return _jpeg(small)
 
 
-class _Tapped:
-    """`camera` with every preview and every frame shown to somebody else in passing."""
+class _Held:
+    """`camera` kept open between sweeps, with every preview and every frame shown to somebody else in passing.
+
+    A sweep opens and closes its camera, which takes a DSLR seconds. Here `close` is put off: `open` after it means that
+    the sweep wants a new connection, `keep` that it was only the sweep's end.
+    """
 
     def __init__(
         self, camera: Camera, preview: Callable[[NDArray[np.uint8]], None], frame: Callable[[Frame], None]
     ) -> None:
         self._camera, self._on_preview, self._on_frame = camera, preview, frame
+        self._info: CameraInfo | None = None
+        self._closing = False
+
+    def open(self) -> CameraInfo:
+        if self._closing:
+            self.let_go()
+        if self._info is None:
+            self._info = self._camera.open()
+        return self._info
+
+    def close(self) -> None:
+        self._closing = True
+
+    def keep(self) -> None:
+        self._closing = False
+
+    def let_go(self) -> None:
+        self._info, self._closing = None, False
+        self._camera.close()
 
     def preview(self) -> NDArray[np.uint8]:
         picture = self._camera.preview()

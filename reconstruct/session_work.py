@@ -1,7 +1,7 @@
 """The heavy half of a session, each part in a process of its own so that capture stays responsive.
 
-`Reconstructor` keeps one child that has imported torch and loaded the weights before the first frame is taken.
-`Training` runs `daif train` and hands on what it prints.
+A `Reconstructor` keeps one child that has imported torch; a session has two, so that a first look never waits behind a
+full reconstruction. `Training` runs `daif train` and hands on what it prints. Nothing here imports torch itself.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from capture.errors import DaifError
 
-TRAINING_NICE = 10  # capture and first looks go before
+FULL_NICE, TRAINING_NICE = 5, 10  # capture and first looks go before
 RESTARTS = 1  # a job that kills the process twice is given up
 LINES_KEPT = 200
 
@@ -56,6 +56,28 @@ class FullJob:
 
 
 @dataclass(frozen=True)
+class Look:
+    """A first look as the page shows it: two JPEGs and what they mean.
+
+    Attributes:
+        depth_jpeg, aif_jpeg: sRGB pictures of the same size.
+        near_m, far_m: nearest and farthest depth (1st and 99th percentile); None where depth is only ordered.
+        std_m: median standard deviation of the depth in metres, or None.
+        confident: share of the picture with a confidence above 0.5.
+    """
+
+    depth_jpeg: bytes
+    aif_jpeg: bytes
+    near_m: float | None
+    far_m: float | None
+    std_m: float | None
+    confident: float
+    n_frames: int
+    seconds: float
+    cpu_seconds: float
+
+
+@dataclass(frozen=True)
 class News:
     """What became of a job: `what` is started, progress, look, full or failed."""
 
@@ -70,18 +92,30 @@ Listener = Callable[[News], None]
 
 
 class Reconstructor:
-    """Jobs one after another in a warm child process; first looks before full reconstructions.
+    """Jobs one after another in a child process.
 
     Args:
         listener: told of every step, from another thread.
-        warm_weights: weights to load before the first job, None for the plane sweep only.
+        wanted: asked before a job begins; what newer frames have overtaken is left out.
+        nice: how far the child stands back for others.
+        warm: start the child at once and not with the first job.
+        on_ready: called, from another thread, when the child has started.
     """
 
-    def __init__(self, listener: Listener, device: str, warm_weights: str | None) -> None:
-        self.listener, self.device, self.warm_weights = listener, device, warm_weights
+    def __init__(
+        self,
+        listener: Listener,
+        device: str,
+        *,
+        wanted: Callable[[LookJob | FullJob], bool] = lambda job: True,
+        nice: int = 0,
+        warm: bool = False,
+        on_ready: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.listener, self.device, self.wanted, self.nice, self.warm = listener, device, wanted, nice, warm
+        self.on_ready = on_ready
         self.ready = False
-        self._jobs: queue.PriorityQueue[tuple[int, int, LookJob | FullJob | None]] = queue.PriorityQueue()
-        self._serial = 0
+        self._jobs: queue.Queue[LookJob | FullJob | None] = queue.Queue()
         self._child: Any = None
         self._pipe: Connection | None = None
         self._closing = False
@@ -93,8 +127,7 @@ class Reconstructor:
 
     def add(self, job: LookJob | FullJob) -> None:
         """Queue a job."""
-        self._serial += 1
-        self._jobs.put((1 if isinstance(job, FullJob) else 0, self._serial, job))
+        self._jobs.put(job)
 
     @property
     def idle(self) -> bool:
@@ -104,20 +137,20 @@ class Reconstructor:
     def close(self) -> None:
         """End the child, whatever it is doing, and the thread."""
         self._closing = True
-        self._jobs.put((-1, 0, None))
+        self._jobs.put(None)
         self._end_child()
         self._thread.join(5.0)
 
     def _run(self) -> None:
-        with contextlib.suppress(EOFError, OSError):
-            self._start_child()
+        if self.warm:
+            with contextlib.suppress(EOFError, OSError):
+                self._start_child()
         while not self._closing:
-            job = self._jobs.get()[2]
-            if job is None:
-                return
-            self._busy = True
-            self._do(job)
-            self._busy = False
+            job = self._jobs.get()
+            if job is not None and self.wanted(job):
+                self._busy = True
+                self._do(job)
+                self._busy = False
 
     def _do(self, job: LookJob | FullJob) -> None:
         for _ in range(1 + RESTARTS):
@@ -143,12 +176,13 @@ class Reconstructor:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         self._child = context.Process(
-            target=_serve, args=(theirs, self.device, self.warm_weights), name="daif-reconstruct", daemon=True
+            target=_serve, args=(theirs, self.device, self.nice), name="daif-reconstruct", daemon=True
         )
         self._child.start()
         theirs.close()
         self._pipe = ours
         self.ready = bool(ours.recv())
+        self.on_ready()
 
     def _end_child(self) -> None:
         child, self._child = self._child, None
@@ -161,13 +195,14 @@ class Reconstructor:
             pipe.close()
 
 
-def _serve(pipe: Connection, device_name: str, warm_weights: str | None) -> None:
-    """Child process: import, load, warm up, then answer jobs until the pipe closes."""
+def _serve(pipe: Connection, device_name: str, nice: int) -> None:
+    """Child process: import, warm up, then answer jobs until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the session decides when to stop
+    if hasattr(os, "nice"):
+        os.nice(nice)
     import torch
 
-    import reconstruct.first_look
-    import reconstruct.job  # noqa: F401  # imported now, used by the first take
+    import reconstruct.first_look  # noqa: F401  # imported now, used by the first take
     from reconstruct.device import pick_device
     from reconstruct.plane_sweep import plane_sweep
 
@@ -175,8 +210,6 @@ def _serve(pipe: Connection, device_name: str, warm_weights: str | None) -> None
     torch.set_num_threads(max(1, torch.get_num_threads() - 1))
     device = pick_device(device_name)
     networks = _Networks(device)
-    with contextlib.suppress(DaifError):  # said when a take asks for them
-        networks.get(warm_weights)
     frames = torch.rand(2, 3, 64, 64, device=device)
     plane_sweep(frames, torch.tensor([1.0, 0.5], device=device), torch.tensor([8.0, 8.0], device=device))
     try:
@@ -219,7 +252,9 @@ def _look(job: LookJob, networks: _Networks, device: Any) -> Any:
     from reconstruct.first_look import first_look
 
     profile = None if job.lens is None else LensProfile.read(job.lens)
-    with FocalStack.open(job.stack, allow_partial=job.stack.suffix == ".partial") as stack:
+    # the sweep may have ended meanwhile and given the file its final name
+    file = job.stack if job.stack.exists() else job.stack.with_suffix("")
+    with FocalStack.open(file, allow_partial=True) as stack:
         return first_look(stack, profile, device, networks.get(job.weights))
 
 

@@ -77,7 +77,7 @@ class Capabilities:
 
 @dataclass(frozen=True)
 class CameraInfo:
-    """Who answered at `open()`; `lens` only where it is known (simulated, or EXIF of a replay)."""
+    """Who answered at `open()`; `lens` and `battery` (its own words) only where they are known."""
 
     make: str
     model: str
@@ -85,6 +85,7 @@ class CameraInfo:
     driver: str
     capabilities: Capabilities
     lens: Lens | None = None
+    battery: str | None = None
 
 
 @dataclass(frozen=True)

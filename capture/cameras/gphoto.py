@@ -134,6 +134,7 @@ class GphotoCamera:
                 serial=self._read("serialnumber") or "",
                 driver=f"gphoto2 {port}",
                 capabilities=self._capabilities(),
+                battery=self._read("batterylevel"),
             )
         except BaseException:
             self.close()
