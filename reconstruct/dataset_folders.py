@@ -17,6 +17,15 @@ from capture.lens import Lens
 from capture.stack import distance_problem
 from reconstruct.sample import FloatMap, Sample
 
+ZEDD_SIZES = {"val": (480, 640), "test": (1216, 1824)}  # rows, columns that FOSSA's loader makes
+CALIBRATED_AS = {
+    "metals": "metal",
+    "largemotion": "GTLarge",
+    "smallmotion": "GTSmall",
+    "zeromotion": "GT",
+}  # Mobile Depth
+INCHES_PER_M = 39.37
+
 
 class DefocusNet:
     """The 500 released Blender scenes of "Focus on Defocus", 256 x 256: 400 to train, 100 to test.
@@ -82,10 +91,9 @@ class Zedd:
     splits = ("val", "test")
     runs = (1, 3, 5, 7, 9)
     f_number = 2.8
-    sizes = {"val": (480, 640), "test": (1216, 1824)}  # noqa: RUF012 - constant
 
     def __init__(self, source: Path, split: str) -> None:
-        self.size = self.sizes[split]
+        self.size = ZEDD_SIZES[split]
         self.metadata = _zedd_metadata(_folder(source) / "metadata.txt")
         if not (source / split).is_dir():
             raise DataError(f"{source} has no folder {split}/; give the unpacked ZEDD folder, which holds metadata.txt")
@@ -133,8 +141,9 @@ class Zedd:
 def _zedd_metadata(path: Path) -> dict[str, tuple[str, float]]:
     """Motor position and focus distance in metres of every run."""
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip() and line[0] != "#"]
-        found = {run: (motor, float(distance)) for run, motor, distance in (line.split("\t") for line in lines)}
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = [line.split("\t") for line in lines if line and not line.startswith("#")]
+        found = {run: (motor, float(distance)) for run, motor, distance in rows}
     except OSError:
         raise DataError(
             f"{path} is missing; give the unpacked ZEDD folder, which holds it beside val/ and test/"
@@ -159,7 +168,6 @@ class MobileDepth:
     """
 
     splits = ("all",)
-    calibrated_as = {"metals": "metal", "largemotion": "GTLarge", "smallmotion": "GTSmall", "zeromotion": "GT"}  # noqa: RUF012
 
     def __init__(self, source: Path, split: str) -> None:
         frames: dict[Path, list[Path]] = {}
@@ -173,7 +181,7 @@ class MobileDepth:
         for folder in sorted(frames):
             table = folder / "focus_dpth.txt"
             if not table.is_file():
-                wanted = self.calibrated_as.get(folder.name, folder.name)
+                wanted = CALIBRATED_AS.get(folder.name, folder.name)
                 if wanted not in tables:
                     raise DataError(
                         f"{folder} has no focus_dpth.txt and {source} no {wanted}/calibrated.txt; unpack both"
@@ -187,7 +195,7 @@ class MobileDepth:
             column = np.loadtxt(table, usecols=0, ndmin=1)
         except (OSError, ValueError) as error:
             raise DataError(f"{table}: the first column must be numbers ({error}); unpack it again") from None
-        distances = column[: -1 if table.name == "calibrated.txt" else None] / 39.37
+        distances = column[: -1 if table.name == "calibrated.txt" else None] / INCHES_PER_M
         if len(distances) != len(files):
             raise DataError(f"{table} has {len(distances)} distances for {len(files)} frames a*.jpg; unpack both again")
         if name == "mobile_metals":

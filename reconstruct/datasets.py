@@ -34,7 +34,7 @@ from reconstruct.sample import DataSet, FloatMap, Sample
 
 RENDERERS = ("aperture", "published")
 
-_LARGEST_SCENE = 1 << 31  # values; a bigger claim is a damaged or hostile header
+_LARGEST_SCENE = 1 << 28  # values; a bigger claim is a damaged or hostile header
 
 
 def open_dataset(kind: str, source: Path, split: str | None = None, renderer: str = "aperture") -> DataSet:
@@ -118,7 +118,7 @@ class Nyuv2:
     def __init__(self, source: Path, split: str, renderer: str = "aperture") -> None:
         self.source, self.renderer = source, renderer
         with _hdf5(source) as file:
-            count, _, *size = _field(file, "images", ("N", 3, "W", "H")).shape
+            count, _, *size = _field(file, "images", ("N", 3, "W", "H"), kinds="u").shape
             depths = _field(file, "depths", ("N", "W", "H")).shape
         if depths != (count, *size):
             raise DataError(
@@ -129,7 +129,7 @@ class Nyuv2:
 
     def sample(self, name: str) -> Sample:
         with _hdf5(self.source) as file:
-            rgb = np.ascontiguousarray(_read(file, "images", self.scenes[name]).transpose(2, 1, 0), np.uint8)
+            rgb = np.ascontiguousarray(_read(file, "images", self.scenes[name]).transpose(2, 1, 0))
         depth_m = np.clip(self.truth(name), 0.1, 10.0)
         distances = np.array(NOTES_FOCUS_M)
         if self.renderer == "aperture":
@@ -219,7 +219,7 @@ class Ddff12:
     def sample(self, name: str) -> Sample:
         with _hdf5(self.source) as file:
             values = _read(file, f"stack_{self.split}", self.scenes[name])
-        if values.dtype.kind == "f" and not (values.min() >= 0 and 1 < values.max() <= 255):
+        if values.min() < 0 or values.max() > 255 or (values.dtype.kind == "f" and values.max() <= 1):
             raise DataError(
                 f"{self.source}: stack_{self.split} scene {self.scenes[name]} must hold values from 0 to 255, found "
                 f"{values.min():g} to {values.max():g}; write it as the authors' script does"
@@ -265,8 +265,11 @@ def _hdf5(path: Path) -> Iterator[h5py.File]:
         raise DataError(f"{path} is not a whole HDF5 (or MATLAB 7.3) file ({error}); download it again") from None
 
 
-def _field(file: h5py.File, name: str, *layouts: tuple[str | int, ...]) -> h5py.Dataset:
-    """Data set `name`, which must have one of the `layouts`: a number is an axis of that length, a letter any."""
+def _field(file: h5py.File, name: str, *layouts: tuple[str | int, ...], kinds: str = "uif") -> h5py.Dataset:
+    """Data set `name`, which must have one of the `layouts`: a number is an axis of that length, a letter any.
+
+    `kinds` are NumPy's letters of the types it may have.
+    """
     data = file.get(name)
     if not isinstance(data, h5py.Dataset):
         raise DataError(
@@ -278,7 +281,7 @@ def _field(file: h5py.File, name: str, *layouts: tuple[str | int, ...]) -> h5py.
         and all(isinstance(axis, str) or axis == n for axis, n in zip(layout, data.shape, strict=True))
         for layout in layouts
     )
-    if not fits or data.dtype.kind not in "uif" or 0 in data.shape or np.prod(data.shape[1:]) > _LARGEST_SCENE:
+    if not fits or data.dtype.kind not in kinds or 0 in data.shape or np.prod(data.shape[1:]) > _LARGEST_SCENE:
         raise DataError(
             f"{file.filename}: {name} must be numbers of shape {wanted}, found {data.shape} {data.dtype}; "
             "is it the right file?"

@@ -11,7 +11,7 @@ from tests.reconstruct.small_stack import write_small_stack
 
 COMMANDS = {
     *("demo", "cameras", "plan", "capture", "session", "import", "info", "pack", "board", "calibrate"),
-    *("train", "reconstruct", "evaluate", "view"),
+    *("train", "reconstruct", "evaluate", "view", "import-dataset"),
 }
 HEAVY = ("torch", "cv2", "h5py", "scipy", "distributed", "starlette")
 
