@@ -186,9 +186,10 @@ class Ddff12:
     refocused evenly in disparity from 0.5 to 7 m (ddff-toolbox, refocus.py), 0.2825 to 0.0202 px, which later
     loaders round to 0.28 and 0.02.
 
-    A frame is the mean of 9 x 9 views, each shifted by the disparity of focus: a square synthetic aperture. The lens
-    is the disc with the same second moment, in front of a focal length of 521.4 px. Views were averaged as they are
-    encoded, so the stored values are declared linear.
+    A frame is the mean of 9 x 9 views (light fields of 383 x 552 x 9 x 9: macrohuang1993/Focal-Stack-Camera-Compare),
+    each shifted by the disparity of focus: a square synthetic aperture. The lens is the disc with the same second
+    moment, in front of a focal length of 521.4 px. Views were averaged as they are encoded, so the stored values are
+    declared linear.
 
     `truth` is disparity in pixels.
     """
