@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from reconstruct import export
 from reconstruct.result import Reconstruction, json_ready
+from reconstruct.v_curves import misfit_px, v_curves
 
 PAGE_WIDTH_PX = 1024
 THUMBNAIL_PX = 320
@@ -69,6 +70,7 @@ def render_report(
         "maps": _maps(result, truth),
         "frames": [{"src": _jpeg(image), "label": label} for image, label in thumbnails],
         "errors": None if truth is None else {"columns": truth.columns, "rows": truth.rows, "note": truth.note},
+        "curves": _curves(result, [image for image, _ in thumbnails]),
         "scene": _scene(result),
         "cloud": _cloud(result),
         "record": result.record,
@@ -213,6 +215,34 @@ def _cloud(result: Reconstruction) -> dict[str, Any]:
         "point": 1.4 * stride / result.intrinsics.focal_px,
         "depth": float(middle[2]) / max(extent, 1e-9),
         "zoom": 2 * result.intrinsics.focal_px / max(depth.shape[0], depth.shape[1] * 640 / 1200),
+    }
+
+
+def _curves(result: Reconstruction, frames: Sequence[NDArray[np.uint8]]) -> dict[str, Any] | None:
+    """V-curves, where the optics are known beforehand and the frames did not have to tell them; else None."""
+    source = result.record["optics"].get("source")
+    if not result.metric or not frames or source not in ("profile", "thin lens"):
+        return None
+    curves = v_curves(result, frames)
+    gap_px = misfit_px(result, curves)
+    if not np.isfinite(gap_px):
+        return None
+    by = "the calibrated lens profile" if source == "profile" else "the lens's nominal numbers (not calibrated)"
+    return {
+        "note": f"lines: predicted by {by}; points: measured in the frames; median distance {gap_px:.1f} px. "
+        "Points that lie beside their line as a whole mean that the calibration does not fit this lens.",
+        "curves": [
+            {
+                "label": format_length(1 / curve.inverse_depth_dpt),
+                "line": np.stack([curve.focus_dpt, curve.predicted_px], axis=1).round(4),
+                "points": [
+                    [focus, px]
+                    for focus, px in zip(result.focus_dpt, curve.measured_px, strict=True)
+                    if np.isfinite(px)
+                ],
+            }
+            for curve in curves
+        ],
     }
 
 

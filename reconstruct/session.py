@@ -274,7 +274,6 @@ class Session:
         elif news.what == "full":
             self.failures.pop(job.number, None)
             self.facts[job.number] = news.content
-            self.looks.pop(("take", job.number), None)  # from now on the result is shown
             self.look_version += 1
             self.folder.log(f"take {job.number:03d}: reconstructed in {news.content['seconds']:.1f} s")
         elif news.what == "failed" and not (isinstance(job, LookJob) and job.stack.suffix == ".partial"):
@@ -556,10 +555,11 @@ class Session:
 
     def _take_facts(self, take: Take) -> dict[str, Any]:
         number = take.number
+        done = self.folder.has_result(number)
         return take.model_dump() | {
             "thumbnails": sorted(index for taken, index in list(self.camera.thumbnails) if taken == number),
-            "result": self.folder.has_result(number),
-            "look": ("take", number) in self.looks,
+            "result": done,
+            "look": not done and ("take", number) in self.looks,
             "facts": self.facts.get(number),
             "failure": self.failures.get(number),
         }

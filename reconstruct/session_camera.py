@@ -317,14 +317,22 @@ class CameraThread:
         else:
             self.folder.drop(number)
             self.folder.log(f"take {number:03d}: {problem}; nothing was stored")
-        if problem in (None, "stopped") and f_number is None:
-            self.camera.keep()
-            self._homed = True
-            self._set(state="idle", position=self.camera.position())
-        else:  # from a new connection, with the settings that the sweep changed put back
-            self._connect()
-            if problem != "stopped":
+        if problem not in (None, "stopped") or f_number is not None or not self._kept():
+            self._connect()  # anew, which also puts back the settings that the sweep changed
+            if problem not in (None, "stopped"):
                 self._set(problem=problem)
+
+    def _kept(self) -> bool:
+        """Go on with the sweep's own connection, if the camera still answers."""
+        self.camera.keep()
+        try:
+            position = self.camera.position()
+        except CameraError:
+            return False
+        assert self.info is not None
+        self._homed = self.info.capabilities.focus != "relative" or position is not None
+        self._set(state="idle", position=position)
+        return True
 
     def _progress(self, number: int, progress: SweepProgress) -> None:
         view = self.sweep
@@ -341,8 +349,9 @@ class CameraThread:
     def _ask(self, text: str) -> None:
         self._answered.clear()
         self._set(question=text)
-        while not self._answered.wait(0.5):
-            pass
+        while not self._answered.wait(LIVE_PERIOD_S):
+            if self.live:  # the operator turns the ring by what is to be seen here
+                self._look()
         self._set(question=None)
         if self._stop:
             raise SweepInterrupted("stopped while waiting for the focus ring", signal.SIGINT)
