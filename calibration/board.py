@@ -15,8 +15,8 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from capture.board import BoardDescription
 from capture.errors import UsageError
 from capture.scenes import Scene
 
@@ -26,35 +26,12 @@ TEXTURE_FILL = 0.4  # share of white: more would cost the black squares their co
 MARGIN_MM = 10.0
 PAPERS_MM = {"A5": (210, 148), "A4": (297, 210), "letter": (279.4, 215.9), "A3": (420, 297), "A2": (594, 420)}
 RULER_MM = 100.0
-SUPERSAMPLING = 3
+SUPERSAMPLING = 3  # odd: the middle sample lies on the pixel centre
+MAX_TEXELS = 24  # per cell
 
 
-class Board(BaseModel):
-    """A printed ChArUco board.
-
-    Attributes:
-        columns, rows: number of squares; an odd number of rows looks the same in old and new OpenCV.
-        square_m: side of a square in metres, as measured on the print.
-        texture: whether black squares carry the fine patch of `daif board`.
-        legacy_pattern: pattern of OpenCV before 4.6 (differs for even `rows`).
-        measured: whether somebody held a ruler to the print.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    columns: int = Field(default=7, ge=3, le=30)
-    rows: int = Field(default=5, ge=3, le=30)
-    square_m: float = 0.035
-    texture: bool = True
-    legacy_pattern: bool = False
-    measured: bool = False
-
-    @field_validator("square_m")
-    @classmethod
-    def _square_in_metres(cls, value: float) -> float:
-        if not 1e-3 < value < 1.0:
-            raise ValueError(f"{value:g} is not a square in metres (0.001 to 1); 35 mm is 0.035")
-        return value
+class Board(BoardDescription):
+    """A printed ChArUco board: its cells, its corners."""
 
     def cells(self) -> NDArray[np.uint8]:
         """The print as (24 rows, 24 columns) cells of 0 (black) or 1 (white)."""
@@ -118,14 +95,18 @@ def other_pattern_that_fits(image: NDArray[np.float32], board: Board) -> Board |
 class Painter:
     """Draws one board sharp, area-sampled, under any homography; keeps the magnified print between calls."""
 
-    def __init__(self, board: Board, texels_per_cell: int = 16) -> None:
+    def __init__(self, board: Board) -> None:
         self.board = board
-        self.texels_per_cell = texels_per_cell
-        print_ = np.pad(board.cells() * np.uint8(255), CELLS // 2, constant_values=255)  # the paper around it
-        self._texture = np.kron(print_, np.ones((texels_per_cell, texels_per_cell), np.uint8))
+        self._print = np.pad(board.cells() * np.uint8(255), CELLS // 2, constant_values=255)  # the paper around it
+        self._magnified: dict[int, NDArray[np.uint8]] = {}
 
     def paint(
-        self, board_to_px: NDArray[np.float64], shape: tuple[int, int], bend: NDArray[np.float32] | None = None
+        self,
+        board_to_px: NDArray[np.float64],
+        shape: tuple[int, int],
+        bend: NDArray[np.float32] | None = None,
+        *,
+        smooth_px: float = 0.0,
     ) -> NDArray[np.float32]:
         """Reflectance (H, W), 0 to 1; the paper is taken to be endless and white.
 
@@ -133,20 +114,33 @@ class Painter:
             board_to_px: 3 x 3 homography from board metres to pixels.
             shape: (H, W).
             bend: (H, W, 2) where each pixel would lie without lens distortion; None when there is none.
+            smooth_px: sigma of a Gaussian to sample with; 0 averages over each pixel's square, as a sensor does.
         """
         height, width = shape
         n = SUPERSAMPLING
-        to_texels = _affine(self.texels_per_cell * CELLS / self.board.square_m, self.texels_per_cell * CELLS / 2 - 0.5)
+        # a texel as large as a sample: bilinear reading then averages over the sample instead of picking a point
+        corners = np.array([[0, 0], [1, 0], [1, 1], [0, 1]]) * [self.board.columns, self.board.rows]
+        seen = cv2.perspectiveTransform((corners * self.board.square_m)[None], board_to_px)[0]
+        cells = 2 * (self.board.columns + self.board.rows) * CELLS
+        samples_per_cell = n * cv2.arcLength(seen.astype(np.float32), closed=True) / cells
+        texels = int(np.clip(round(samples_per_cell), 1, MAX_TEXELS))
+        if texels not in self._magnified:
+            self._magnified[texels] = np.kron(self._print, np.ones((texels, texels), np.uint8)).astype(np.uint8)
+        texture = self._magnified[texels]
+        to_texels = _affine(texels * CELLS / self.board.square_m, texels * CELLS / 2 - 0.5)
         if bend is None:
             to_fine = _affine(n, (n - 1) / 2)
             sizes = (width * n, height * n)
             matrix = to_fine @ board_to_px @ np.linalg.inv(to_texels)
-            fine = cv2.warpPerspective(self._texture, matrix, sizes, flags=cv2.INTER_LINEAR, borderValue=(255,))
+            fine = cv2.warpPerspective(texture, matrix, sizes, flags=cv2.INTER_LINEAR, borderValue=(255,))
         else:
             where = cv2.resize(bend, (width * n, height * n), interpolation=cv2.INTER_LINEAR)
             matrix = to_texels @ np.linalg.inv(board_to_px)
             texel = cv2.perspectiveTransform(where.reshape(1, -1, 2), matrix).reshape(where.shape)
-            fine = cv2.remap(self._texture, texel, None, cv2.INTER_LINEAR, borderValue=(255,))
+            fine = cv2.remap(texture, texel, None, cv2.INTER_LINEAR, borderValue=(255,))
+        if smooth_px:
+            smooth = cv2.GaussianBlur(fine.astype(np.float32), (0, 0), n * smooth_px)
+            return np.asarray(smooth[n // 2 :: n, n // 2 :: n] / 255.0, np.float32)
         return cv2.resize(fine.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA) / 255.0
 
 

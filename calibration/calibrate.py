@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,12 +17,12 @@ from pydantic import ValidationError
 
 from calibration.board import Board
 from calibration.breathing import BreathingCurve, fit_breathing
-from calibration.edges import CalibrationError, Found, PatchBlur, Sweep, locate, measure, pose_of
-from calibration.fit import FLOOR_TO_SIGMA, Fit, Observations, fit_blur
+from calibration.edges import CalibrationError, Found, PatchBlur, Ramp, Sweep, locate, measure, pose_of
+from calibration.fit import FLOOR_TO_SIGMA, Fit, LeftOut, Observations, fit_blur, leave_one_out
 from calibration.intrinsics import NOMINAL_RATIO, camera_matrix, estimate_intrinsics
 from capture.errors import DataError, UsageError
 from capture.lens import Breathing, FocusTable, Intrinsics, Lens, LensProfile, Measured, SourceStack
-from capture.stack import FocalStack
+from capture.stack import FocalStack, file_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +30,10 @@ MAX_PIXELS = 1_600_000  # calibration works on a binned image: finer sampling ad
 STRIP_ROWS = 240
 MAX_LEVEL_CHANGE = 0.05
 MAX_SATURATED = 0.01
-FLOOR_ROUNDS = 2
+MAX_TONE = 0.1  # a gamma of 1.2 bows by 0.22, sRGB taken for linear by 0.73
+MAX_HALO = 0.08  # an unsharp mask of radius 1 px and amount 0.5 leaves 0.17; demosaicing is negative
+CLEAR_BLUR_PX = 4.0
+FLOOR_ROUNDS, FLOOR_SETTLED_PX = 3, 0.03
 MAX_FLOOR_SIGMA_PX, MIN_SIDE_PX = 1.2, 300
 TABLE_POSITIONS = 25
 UNMEASURED_SQUARE_RATIO = 5e-3  # usual error of a print that nobody measured
@@ -66,6 +68,11 @@ class Pose:
         """(N,) axial distance of the corners."""
         return np.asarray((board.corners_m() @ self.rotation.T + self.translation_m)[:, 2])
 
+    def slope_dpt(self) -> FloatArray:
+        """Inverse depth gained per unit of x / z and of y / z, which is the same everywhere on a plane."""
+        normal = self.rotation[:, 2]
+        return np.asarray(normal[:2] / (normal @ self.translation_m))
+
     @property
     def tilt_deg(self) -> float:
         """Angle between the board's normal and the viewing axis."""
@@ -81,6 +88,7 @@ class Calibration:
     poses: list[Pose]
     seen: Observations
     fit: Fit
+    left_out: list[LeftOut | None]  # per sweep; None where the others do not determine a fit
     curve: BreathingCurve
     floor_sigma_px: float
     floor_before_px: float  # the floor sigma of the round before: how far the estimate still moved
@@ -143,7 +151,7 @@ def load_board_stack(path: Path, board: Board | None = None, *, max_pixels: int 
         return BoardStack(
             sweep=Sweep(path.name, images[order], positions[order], board),
             path=path,
-            sha256=_sha256(path),
+            sha256=file_sha256(path),
             unit=unit,
             binning=binning,
             full_size=(stack.height, stack.width),
@@ -190,6 +198,7 @@ def calibrate(
         _check_sharp_range(stacks, found)
         blurs = list(pool.map(lambda pair: measure(pair[0].sweep, pair[1], nothing), zip(stacks, found, strict=True)))
         _check_dropped(stacks, blurs)
+        _check_linear(stacks, blurs)
         curve = _curve(stacks, blurs, names, shape)
         given = _given_focal(stacks, focal_px, first.binning)
         intrinsics, intrinsics_sentence = estimate_intrinsics(
@@ -210,16 +219,24 @@ def calibrate(
             before, sigma = sigma, float(np.sqrt(max(sigma**2 + fit.floor2_px2 * FLOOR_TO_SIGMA**2, 0.0)))
             bend = camera_matrix(intrinsics)
 
-            def again(
-                triple: tuple[BoardStack, Found, PatchBlur], sigma: float = sigma, bend: FloatArray = bend
-            ) -> PatchBlur:
-                stack, where, blur = triple
-                return measure(stack.sweep, where, bend, intrinsics.distortion, floor_sigma_px=sigma, previous=blur)
+            ramps = [_ramp(stack.sweep, pose, fit) for stack, pose in zip(stacks, poses, strict=True)]
 
-            blurs = list(pool.map(again, zip(stacks, found, blurs, strict=True)))
+            def again(
+                known: tuple[BoardStack, Found, PatchBlur, Ramp], sigma: float = sigma, bend: FloatArray = bend
+            ) -> PatchBlur:
+                stack, where, blur, ramp = known
+                return measure(
+                    stack.sweep, where, bend, intrinsics.distortion, floor_sigma_px=sigma, previous=blur, ramp=ramp
+                )
+
+            blurs = list(pool.map(again, zip(stacks, found, blurs, ramps, strict=True)))
             curve = _curve(stacks, blurs, names, shape)
             seen, poses, fit = _observe_and_fit(stacks, found, blurs, curve, intrinsics, sigma)
-    profile, sentences = _profile(stacks, poses, fit, curve, intrinsics, sigma, shape)
+            if abs(sigma - before) < FLOOR_SETTLED_PX:
+                break
+    _check_sharpened(stacks, blurs)
+    left_out = leave_one_out(seen, fit)
+    profile, sentences = _profile(stacks, poses, fit, left_out, curve, intrinsics, sigma, shape)
     profile = profile.model_copy(update={"lens": lens_name, "f_number": f_number, "temperature_c": temperature_c})
     return Calibration(
         profile=profile,
@@ -227,6 +244,7 @@ def calibrate(
         poses=poses,
         seen=seen,
         fit=fit,
+        left_out=left_out,
         curve=curve,
         floor_sigma_px=sigma,
         floor_before_px=before,
@@ -298,6 +316,12 @@ def _observe_and_fit(
     return seen, poses, fit_blur(seen, floor_sigma_px)
 
 
+def _ramp(sweep: Sweep, pose: Pose, fit: Fit) -> Ramp:
+    """How `fit` has blur change over the image of the board at `pose`: c = A F (phi - D), and D F is affine in px."""
+    defocus = fit.law(sweep.positions)[:, None] - 1.0 / pose.depths_m(sweep.board)
+    return Ramp(np.sign(defocus), -fit.pupil_m * pose.slope_dpt())
+
+
 def _positions(stack: FocalStack) -> tuple[FloatArray, Literal["step", "dioptre"], tuple[str, ...]]:
     """Focus positions of the frames, their unit, and what is doubtful about them."""
     for values in (stack.focus_position, stack.focus_command):
@@ -312,14 +336,6 @@ def _positions(stack: FocalStack) -> tuple[FloatArray, Literal["step", "dioptre"
         "step",
         (f"{stack.path.name} does not say where the focus was, so frame numbers stand for positions",),
     )
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _guess(shape: tuple[int, int]) -> Intrinsics:
@@ -361,6 +377,37 @@ def _check_dropped(stacks: Sequence[BoardStack], blurs: Sequence[PatchBlur]) -> 
             "blur below "
             "the size of its squares; print larger squares, move closer to focus, or sweep in finer steps",
         )
+
+
+def _check_linear(stacks: Sequence[BoardStack], blurs: Sequence[PatchBlur]) -> None:
+    """`NOT_LINEAR` when mid tones are too bright or too dark for the board's black and white."""
+    for stack, blur in zip(stacks, blurs, strict=True):
+        tone = _median_where_blurred(blur, blur.tone)
+        if abs(tone) > MAX_TONE:
+            compared = "brighter" if tone < 0 else "darker"
+            raise CalibrationError(
+                "NOT_LINEAR",
+                f"{stack.path}: mid tones are {compared} than a blurred board has them (bow {tone:+.2f}, limit "
+                f"{MAX_TONE:g}), so the values are not the linear light that the stack declares; "
+                "capture RAW, or correct `transfer` in stack.yaml and import again",
+            )
+
+
+def _check_sharpened(stacks: Sequence[BoardStack], blurs: Sequence[PatchBlur]) -> None:
+    """`SHARPENED` when edges have bright rims that no blur leaves."""
+    for stack, blur in zip(stacks, blurs, strict=True):
+        halo = _median_where_blurred(blur, blur.halo)
+        if halo > MAX_HALO:
+            raise CalibrationError(
+                "SHARPENED",
+                f"{stack.path}: edges have rims as sharpening by {halo:.2f} draws them (limit {MAX_HALO:g}), which "
+                "hides blur; switch sharpening, clarity and noise reduction off in the camera, or capture RAW",
+            )
+
+
+def _median_where_blurred(blur: PatchBlur, values: FloatArray) -> float:
+    blurred = blur.coc2_px2 > CLEAR_BLUR_PX**2
+    return float(np.median(values[blurred])) if blurred.any() else 0.0
 
 
 def _curve(
@@ -427,6 +474,7 @@ def _profile(
     stacks: Sequence[BoardStack],
     poses: Sequence[Pose],
     fit: Fit,
+    left_out: Sequence[LeftOut | None],
     curve: BreathingCurve,
     intrinsics: Intrinsics,
     floor_sigma_px: float,
@@ -468,6 +516,21 @@ def _profile(
             "dpt from "
             "where its position says, and counts little"
         )
+    told = [(stack, left) for stack, left in zip(stacks, left_out, strict=True) if left is not None]
+    if told:
+        worst = max(told, key=lambda pair: abs(pair[1].shift_dpt) / pair[1].expected_dpt)[1]
+        sentences.append(
+            f"Leaving each sweep out in turn, the others predict its focus within {abs(worst.shift_dpt):.4f} dpt "
+            f"(expected {1.96 * worst.expected_dpt:.4f}, 95 %)"
+            + (f"; {len(stacks) - len(told)} cannot be checked in this way." if len(told) < len(stacks) else ".")
+        )
+    for stack, left in told:
+        if not left.agrees:
+            warnings.append(
+                f"SWEEP_DISAGREES: {stack.sweep.name} focuses {left.shift_dpt:+.4f} dpt from where the other sweeps "
+                f"have it ({left.expected_dpt:.4f} would be one standard error): the lens, its zoom or the motor's "
+                "home changed between sweeps, or the board bends"
+            )
     share = float(np.mean(np.abs(fit.residual) > 5.0))
     if share > 0.02:
         warnings.append(
@@ -542,8 +605,10 @@ def _profile(
                 n_frames=len(stack.sweep.positions),
                 distance_m=float(pose.depths_m(stack.sweep.board).mean()),
                 tilt_deg=pose.tilt_deg,
+                left_out_shift_dpt=left.shift_dpt if left else None,
+                left_out_expected_dpt=left.expected_dpt if left else None,
             )
-            for stack, pose in zip(stacks, poses, strict=True)
+            for stack, pose, left in zip(stacks, poses, left_out, strict=True)
         ),
         created=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         software=_software(),

@@ -24,10 +24,16 @@ from capture.errors import DataError
 
 logger = logging.getLogger(__name__)
 
+FloatArray = NDArray[np.float64]
+
 MIN_CORNERS = 8
 WINDOW_SQUARES = 0.55  # half-width of a window around a corner
 MAX_BLUR_SQUARES = 0.9  # beyond, the window holds the blur of the paper around the board
-LEVEL_RATIO = 1.1  # between the discs of the bank: blur in between is interpolated in squared diameter
+LEVEL_RATIO, LEVEL_STEP_PX = 1.05, 0.3  # between the discs of the bank, whichever is more: interpolated in between
+COARSE_RATIO, COARSE_STEP_PX = 1.4, 0.5
+SMOOTH_PX = 0.45  # templates are sampled with a Gaussian: squares of a pixel would alias fine detail by some per cent
+HALO_SIGMA_PX = 2.0
+MIN_RAMP_PX = 0.1  # of change of blur over a window: less does not matter
 PATCH_PIXELS = 4000  # of a window are used: more would lower the noise below what the template leaves unexplained
 MAX_GEOMETRY_PX = 0.3  # a template that sits worse is drawn again
 
@@ -75,6 +81,17 @@ class Found(NamedTuple):
     reference: int
 
 
+class Ramp(NamedTuple):
+    """How blur changes across the windows of a board that is not frontal, as an earlier fit has it.
+
+    Without it the sharper half of a window, where detail is stronger, speaks for the whole: 0.03 px too little blur,
+    and a gain 1 % off from one sweep of a board tilted by 50 degrees.
+    """
+
+    side: NDArray[np.float64]  # (S, N) sign of the defocus in every frame at every corner, positive behind focus
+    per_px: NDArray[np.float64]  # (2,) change of the signed diameter per px to the right and down
+
+
 class PatchBlur(NamedTuple):
     """Blur observations of one sweep; every array has one entry per (frame, corner)."""
 
@@ -83,6 +100,8 @@ class PatchBlur(NamedTuple):
     coc2_px2: NDArray[np.float64]  # squared CoC diameter, which may come out negative near focus
     std_px2: NDArray[np.float64]
     corner_px: NDArray[np.float64]  # (n, 2) where the corner really is in that frame
+    tone: NDArray[np.float64]  # bow of brightness against the template, 0 in linear light
+    halo: NDArray[np.float64]  # bright rims of edges, 0 without sharpening
     geometry: list[Similarity | None]  # per frame; None where the board was lost
     n_dropped: int  # patches blurred beyond MAX_BLUR_SQUARES
 
@@ -130,6 +149,7 @@ def measure(
     *,
     floor_sigma_px: float = 0.0,
     previous: PatchBlur | None = None,
+    ramp: Ramp | None = None,
 ) -> PatchBlur:
     """Blur of all patches of `sweep`, tracking the board outwards from its sharpest frame.
 
@@ -137,6 +157,7 @@ def measure(
         camera: 3 x 3 camera matrix, needed only to undo `distortion`.
         floor_sigma_px: Gaussian blur that every frame has even in focus, convolved with the discs.
         previous: an earlier measurement of the same sweep, to start from.
+        ramp: how blur varies over a window; the diameters are those at the corners themselves.
     """
     shape = sweep.images.shape[1:]
     bend = _bend(camera, distortion, shape)
@@ -144,7 +165,7 @@ def measure(
     points = _straight(view.corners_px, camera, distortion)
     corners_m = sweep.board.corners_m()[:, :2]
     homography = cv2.findHomography(corners_m[view.ids], points, cv2.RANSAC, 1.0)[0]
-    tracker = _Tracker(sweep, Painter(sweep.board), homography, bend, floor_sigma_px)
+    tracker = _Tracker(sweep, Painter(sweep.board), homography, bend, floor_sigma_px, ramp)
 
     n_frames = len(sweep.images)
     fitted: list[_FrameFit | None] = [None] * n_frames
@@ -171,6 +192,8 @@ class _FrameFit(NamedTuple):
     coc2_px2: NDArray[np.float64]
     std_px2: NDArray[np.float64]
     corner_px: NDArray[np.float64]
+    tone: NDArray[np.float64]
+    halo: NDArray[np.float64]
     geometry: Similarity
     n_dropped: int
 
@@ -185,9 +208,10 @@ class _Tracker:
         homography: NDArray[np.float64],
         bend: NDArray[np.float32] | None,
         floor_sigma_px: float,
+        ramp: Ramp | None,
     ) -> None:
         self.sweep, self.painter, self.homography, self.bend = sweep, painter, homography, bend
-        self.floor_sigma_px = floor_sigma_px
+        self.floor_sigma_px, self.ramp = floor_sigma_px, ramp
         self.shape = (int(sweep.images.shape[1]), int(sweep.images.shape[2]))
 
     def fit(
@@ -243,7 +267,9 @@ class _Tracker:
         crop_shape = (high[1] - low[1], high[0] - low[0])
         offset = np.array([[1, 0, -low[0]], [0, 1, -low[1]], [0, 0, 1.0]])
         bend = None if self.bend is None else self.bend[crop] - low.astype(np.float32)
-        bank = _DiscBank(self.painter.paint(offset @ to_px, crop_shape, bend), self.floor_sigma_px)
+        bank = _DiscBank(
+            self.painter.paint(offset @ to_px, crop_shape, bend, smooth_px=SMOOTH_PX), self.floor_sigma_px, SMOOTH_PX
+        )
         image = self.sweep.images[frame][crop]
         which = np.flatnonzero(inside)
         boxes = [
@@ -262,26 +288,58 @@ class _Tracker:
         else:
             middle = np.sqrt(np.maximum(expected[which], 0.0))
             near = np.stack([np.maximum(middle / 1.06 - 1.0, 0.0), middle * 1.06 + 1.0], axis=1)
-        levels = _levels(float(near[:, 0].min()), float(near[:, 1].max()), LEVEL_RATIO)
+        ramps = self._ramps(frame, which, corners[which] - low, boxes)
+        reach = max((float(np.abs(ramp).max()) for ramp in ramps if ramp is not None), default=0.0)
+        levels = _levels(float(near[:, 0].min()) - reach, float(near[:, 1].max()) + reach, LEVEL_RATIO, LEVEL_STEP_PX)
         blurred = [bank(level) for level in levels]
         fits = []
-        for patch, box, (nearest, farthest) in zip(patches, boxes, near, strict=True):
+        for patch, box, (nearest, farthest), over in zip(patches, boxes, near, ramps, strict=True):
             first = max(int(np.searchsorted(levels, nearest, side="right")) - 1, 0)
             last = max(int(np.searchsorted(levels, farthest, side="left")), first + 1)
             used = range(first, min(last, len(levels) - 1) + 1)
-            fits.append(patch.fit([levels[k] for k in used], [blurred[k][box] for k in used]))
-        coc2, std2, shift = (np.array([getattr(fit, name) for fit in fits]) for name in ("coc2", "std2", "shift"))
+            windows = [picture[box] for picture in blurred]
+            if over is None:
+                templates = [windows[k] for k in used]
+            else:
+                templates = [_at_diameters(levels, windows, np.abs(levels[k] + over)) for k in used]
+            fits.append(patch.fit([levels[k] for k in used], templates))
+        coc2, std2, shift, tone, halo = (np.array(values) for values in zip(*fits, strict=True))
         good = np.isfinite(std2) & (coc2 < (MAX_BLUR_SQUARES * square_px[which]) ** 2)
         if good.sum() < MIN_CORNERS // 2:
             return None, 0.0, guess
         moved, geometry = _regress(corners[which][good], shift[good], guess, self.shape)
         return (
             _FrameFit(
-                which[good], coc2[good], std2[good], (corners[which] + shift)[good], geometry, int((~good).sum())
+                which[good],
+                coc2[good],
+                std2[good],
+                (corners[which] + shift)[good],
+                tone[good],
+                halo[good],
+                geometry,
+                int((~good).sum()),
             ),
             moved,
             geometry,
         )
+
+    def _ramps(
+        self,
+        frame: int,
+        which: NDArray[np.int64],
+        corners: NDArray[np.float64],
+        boxes: Sequence[tuple[slice, slice]],
+    ) -> list[NDArray[np.float64] | None]:
+        """What each window's blur exceeds that at its corner by, over its pixels; None where that is nothing."""
+        if self.ramp is None:
+            return [None] * len(boxes)
+        out: list[NDArray[np.float64] | None] = []
+        for side, corner, (rows, columns) in zip(self.ramp.side[frame, which], corners, boxes, strict=True):
+            right = np.arange(columns.start, columns.stop) - corner[0]
+            down = np.arange(rows.start, rows.stop) - corner[1]
+            over = side * (self.ramp.per_px[0] * right[None, :] + self.ramp.per_px[1] * down[:, None])
+            out.append(over if np.abs(over).max() > MIN_RAMP_PX else None)
+        return out
 
     @staticmethod
     def _coarse(
@@ -292,7 +350,7 @@ class _Tracker:
         small_bank = bank.halved()
         boxes = [(slice(y.start // 2, y.stop // 2), slice(x.start // 2, x.stop // 2)) for y, x in boxes]
         patches = [Patch(small[box]) for box in boxes]
-        levels = _levels(0.0, largest, 1.4)
+        levels = _levels(0.0, largest, COARSE_RATIO, COARSE_STEP_PX)
         costs = np.array(
             [
                 [patch.cost(template[box]) for patch, box in zip(patches, boxes, strict=True)]
@@ -309,6 +367,8 @@ class PatchFit(NamedTuple):
     coc2: float
     std2: float
     shift: NDArray[np.float64]
+    tone: float  # q of brightness = gain (template + q template^2) + offset
+    halo: float  # amount of (template - its surroundings) beyond what blur explains: positive beside sharpened edges
 
 
 class Patch:
@@ -332,7 +392,7 @@ class Patch:
 
         Between two levels the template is linear in c^2, so gain, offset, shift and c^2 are one linear solve.
         """
-        best_cost, best = np.inf, PatchFit(np.nan, np.nan, np.zeros(2))
+        best_cost, best = np.inf, PatchFit(np.nan, np.nan, np.zeros(2), 0.0, 0.0)
         for k in range(len(levels) - 1):
             low, high, n = templates[k], templates[k + 1], self.stride
             middle = 0.5 * (low + high)
@@ -360,34 +420,46 @@ class Patch:
                 std_t = np.sqrt(variance * max(inverse[1, 1] - 2 * t * inverse[0, 1] + t * t * inverse[0, 0], 0)) / gain
                 best_cost = cost
                 best = PatchFit(
-                    levels[k] ** 2 + float(np.clip(t, -1.0, 2.0)) * span,
+                    levels[k] ** 2 + float(np.clip(t, -3.0, 3.0)) * span,
                     float(std_t * span),
                     np.array([-right / gain, -down / gain]),
+                    *self._beside(low + np.float32(np.clip(t, 0.0, 1.0)) * (high - low), columns, residual / gain),
                 )
         return best
 
+    def _beside(self, template: NDArray[np.float32], columns: FloatArray, residual: FloatArray) -> tuple[float, float]:
+        """(tone, halo): how much of two faults of the image, which no blur explains, the residual holds."""
+        halo = template - cv2.GaussianBlur(template, (0, 0), HALO_SIGMA_PX)
+        faults = np.stack([image[self.inner].ravel() for image in (np.square(template), halo)]).astype(np.float64)
+        faults -= faults.mean(axis=1, keepdims=True)
+        faults -= np.linalg.lstsq(columns.T, faults.T, rcond=None)[0].T @ columns
+        tone, halo_amount = np.linalg.lstsq(faults.T, residual, rcond=None)[0]
+        return float(tone), float(halo_amount)
+
 
 class _DiscBank:
-    """A template blurred by uniform discs of any diameter, exactly (in the Fourier domain), on white paper."""
+    """A template blurred by uniform discs of any diameter, exactly (in the Fourier domain), on white paper.
 
-    def __init__(self, sharp: NDArray[np.float32], floor_sigma_px: float) -> None:
+    `smooth_px` is the Gaussian that `sharp` was sampled with; a sensor's square pixels take its place.
+    """
+
+    def __init__(self, sharp: NDArray[np.float32], floor_sigma_px: float, smooth_px: float) -> None:
         self.shape = sharp.shape
-        self._sharp, self._floor_sigma_px = sharp, floor_sigma_px
+        self._sharp, self._floor_sigma_px, self._smooth_px = sharp, floor_sigma_px, smooth_px
         padded = [scipy.fft.next_fast_len(n, real=True) for n in sharp.shape]
         full = np.ones(padded, np.float32)
         full[: sharp.shape[0], : sharp.shape[1]] = sharp
         self._padded = padded
-        self._spectrum = scipy.fft.rfft2(full)
         fy, fx = scipy.fft.fftfreq(padded[0])[:, None], scipy.fft.rfftfreq(padded[1])[None, :]
         self._frequency = np.sqrt(fx * fx + fy * fy).astype(np.float32)
-        if floor_sigma_px > 0:
-            self._spectrum *= np.exp(-2.0 * (np.pi * floor_sigma_px * self._frequency) ** 2)
+        gauss = np.exp(2.0 * np.pi**2 * (smooth_px**2 - floor_sigma_px**2) * self._frequency**2)
+        self._spectrum = scipy.fft.rfft2(full) * (gauss * np.sinc(fx) * np.sinc(fy)).astype(np.float32)
         self._argument = np.linspace(0.0, 1.0, 8192)
 
     def halved(self) -> _DiscBank:
         """The bank of the template at half the resolution."""
         half = cv2.resize(self._sharp, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
-        return _DiscBank(half, 0.5 * self._floor_sigma_px)
+        return _DiscBank(half, 0.5 * self._floor_sigma_px, 0.5 * self._smooth_px)
 
     def __call__(self, coc_px: float) -> NDArray[np.float32]:
         if coc_px <= 0:
@@ -403,12 +475,25 @@ class _DiscBank:
         return scipy.fft.irfft2(spectrum, s=self._padded)[: self.shape[0], : self.shape[1]]
 
 
-def _levels(low: float, high: float, ratio: float) -> list[float]:
-    """Disc diameters from `low` to `high`: 0, then 1 px, then growing by `ratio` or 0.5 px, whichever is more."""
+def _levels(low: float, high: float, ratio: float, step_px: float) -> list[float]:
+    """Disc diameters from `low` to `high`, growing by `ratio` or `step_px`, whichever is more; none in 0 to 1 px."""
     levels = [max(low, 0.0)]
     while levels[-1] < high - 1e-9:
-        levels.append(min(max(levels[-1] * ratio, levels[-1] + 0.5, 1.0), high))
-    return levels if len(levels) > 1 else [levels[0], levels[0] + 0.5]
+        levels.append(min(max(levels[-1] * ratio, levels[-1] + step_px, 1.0), high))
+    return levels if len(levels) > 1 else [levels[0], levels[0] + step_px]
+
+
+def _at_diameters(
+    levels: Sequence[float], windows: Sequence[NDArray[np.float32]], coc_px: NDArray[np.float64]
+) -> NDArray[np.float32]:
+    """A window whose every pixel is blurred by its own diameter, read off those blurred by `levels` throughout."""
+    squared = np.square(levels)
+    wanted = np.square(coc_px)
+    above = np.clip(np.searchsorted(squared, wanted), 1, len(levels) - 1)
+    t = np.clip((wanted - squared[above - 1]) / (squared[above] - squared[above - 1]), 0.0, 1.0).astype(np.float32)
+    stack = np.stack(windows)
+    low, high = (np.take_along_axis(stack, k[None], axis=0)[0] for k in (above - 1, above))
+    return np.asarray(low + t * (high - low))
 
 
 def _sharpness(image: NDArray[np.float32]) -> float:
@@ -503,12 +588,10 @@ def _bent(ideal: NDArray[np.float64], bend: NDArray[np.float32]) -> NDArray[np.f
 def _collect(fitted: list[_FrameFit | None]) -> PatchBlur:
     frames = [i for i, fit in enumerate(fitted) if fit is not None]
     fits = [fit for fit in fitted if fit is not None]
+    same = ("corner", "coc2_px2", "std_px2", "corner_px", "tone", "halo")
     return PatchBlur(
         frame=np.concatenate([np.full(len(fit.corner), i) for i, fit in zip(frames, fits, strict=True)]),
-        corner=np.concatenate([fit.corner for fit in fits]),
-        coc2_px2=np.concatenate([fit.coc2_px2 for fit in fits]),
-        std_px2=np.concatenate([fit.std_px2 for fit in fits]),
-        corner_px=np.concatenate([fit.corner_px for fit in fits]),
+        **{name: np.concatenate([getattr(fit, name) for fit in fits]) for name in same},
         geometry=[None if fit is None else fit.geometry for fit in fitted],
         n_dropped=sum(fit.n_dropped for fit in fits),
     )

@@ -7,14 +7,13 @@ and distances counted from the sensor, limit it to some per cent (notes/calibrat
 from __future__ import annotations
 
 import datetime
-import hashlib
 from pathlib import Path
 
 import numpy as np
 
 from capture.errors import DataError
 from capture.lens import Breathing, FocusTable, Intrinsics, LensProfile, Measured, SourceStack
-from capture.stack import FocalStack
+from capture.stack import FocalStack, file_sha256
 
 PUPIL_RATIO = 0.05  # f and N are rounded, by up to 3 % each
 DISTANCE_RATIO = 0.06  # maker notes count in steps of 5.9 %
@@ -99,7 +98,7 @@ def profile_from_exif(path: Path) -> LensProfile:
             sources=(
                 SourceStack(
                     file=path.name,
-                    sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+                    sha256=file_sha256(path),
                     n_frames=int(stack.n_frames),
                     distance_m=float(1.0 / np.median(focus)) if np.median(focus) > 0 else 0.0,
                     tilt_deg=0.0,

@@ -25,12 +25,13 @@ from calibration.edges import CalibrationError
 logger = logging.getLogger(__name__)
 
 POSE_STD = 2e-4  # relative error of a PnP distance with the right focal length (notes 4.4: 0.00 to 0.013 %)
-BLUR_STD_PX, BLUR_STD_RATIO = 0.03, 0.002  # what the template does not explain, common to no two patches
+BLUR_STD_PX, BLUR_STD_RATIO = 0.006, 0.0007  # what the template does not explain, common to no two patches
 MAX_DEGREE = 4
 SMALL_BLUR_PX = 5.0  # stage 2 leaves out what is smaller: there the floor's shape counts, not only its size
 FLOOR_SHAPE_PX2 = 0.3  # error of c^2 there when the bank already has a floor of the right size
 FLOOR_SHAPE_RATIO = 0.08  # of the floor's own c^2, where blur is not much larger than the floor
 OUTLIER_SIGMAS = 5.0
+MAX_PUPIL_RATIO = 0.05  # relative standard error of A beyond which nothing is known
 MIN_DEPTH_SHARE = 0.05  # of the sweep's dioptre range, between the nearest and the farthest patch
 TAU_ROUNDS = 5
 WIDE_TAU_RATIO = 0.1  # of the dioptre range: prior of a frame's focus error before the motor is known
@@ -426,6 +427,57 @@ def _diagnose(
     return extra
 
 
+class LeftOut(NamedTuple):
+    """How well the other sweeps predict one that the fit did not see."""
+
+    shift_dpt: float  # focus of the sweep against the prediction
+    expected_dpt: float  # its standard error, from the other sweeps' fit and the motor's scatter
+    blur_rms_px: float  # predicted against measured diameters
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the shift is within three standard errors, or within what blur of half a pixel can tell."""
+        return abs(self.shift_dpt) <= 3.0 * self.expected_dpt
+
+
+def leave_one_out(seen: Observations, fit: Fit) -> list[LeftOut | None]:
+    """For every sweep, the prediction of a fit to the other sweeps; None where those do not determine one.
+
+    A frontal sweep alone does not (notes/calibration.md 1.2), so two frontal sweeps cannot be checked in this way.
+    """
+    out: list[LeftOut | None] = []
+    degree = len(fit.law.coefficients) - 1
+    for sweep in np.unique(seen.sweep):
+        others, own = seen.take(seen.sweep != sweep), seen.take(seen.sweep == sweep)
+        if not len(others):
+            return [None]
+        rest = _fit_hierarchical(others, fit, degree)
+        if not rest.converged or rest.pupil_std_m > MAX_PUPIL_RATIO * rest.pupil_m:
+            out.append(None)
+            continue
+        predicted = rest.signed_coc_px(own)
+        blurred = np.abs(predicted) > SMALL_BLUR_PX
+        if not blurred.any():
+            out.append(None)
+            continue
+        own, predicted = own.take(blurred), predicted[blurred]
+        measured = np.sign(predicted) * np.sqrt(np.maximum(own.coc2_px2 - rest.floor2_px2, 0.0))
+        miss_px = measured - predicted
+        frames, first = np.unique(own.frame, return_index=True)
+        miss_dpt = miss_px / (rest.pupil_m * own.focal_px)
+        by_frame = [float(np.median(miss_dpt[own.frame == frame])) for frame in frames]
+        by_gain = rest.pupil_std_m / rest.pupil_m * float(np.mean(predicted / (rest.pupil_m * own.focal_px)))
+        parts = (
+            fit.tau_dpt / np.sqrt(len(frames)),
+            float(np.mean(rest.focus_std_dpt(own.position[first]))),
+            POSE_STD * float(np.median(own.inverse_depth_dpt)),
+            by_gain,
+        )
+        shift, expected = float(np.mean(by_frame)), float(np.linalg.norm(parts))
+        out.append(LeftOut(shift, expected, float(np.sqrt(np.mean(miss_px**2)))))
+    return out
+
+
 def bootstrap_std(
     seen: Observations, fit: Fit, rounds: int = 50, seed: int = 0
 ) -> tuple[float, FloatArray, FloatArray]:
@@ -474,7 +526,7 @@ def _check_result(fit: Fit, seen: Observations) -> None:
     """Refuse a fit that says nothing, in the words of notes/calibration.md 5.4."""
     span = abs(float(np.ptp(fit.law(np.linspace(fit.law.low, fit.law.high, 200)))))
     depths = float(np.ptp(seen.inverse_depth_dpt))
-    if depths < MIN_DEPTH_SHARE * span or fit.pupil_std_m > 0.05 * fit.pupil_m:
+    if depths < MIN_DEPTH_SHARE * span or fit.pupil_std_m > MAX_PUPIL_RATIO * fit.pupil_m:
         raise CalibrationError(
             "ONE_DISTANCE",
             f"the board was seen over {depths:.3f} dpt of a sweep of {span:.2f} dpt, which cannot tell a wide "

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.calibrate import Calibration
+from calibration.fit import LeftOut
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 460, 300, 58, 42, 12, 22
 COLORS = ("#0b6e99", "#c2410c", "#15803d", "#7e22ce", "#a16207", "#be185d", "#334155", "#0f766e")
@@ -78,8 +79,9 @@ def report_html(calibration: Calibration) -> str:
     table = "".join(f"<tr><td>{a}</td><td class=n>{b}</td><td class=n>{c}</td></tr>" for a, b, c in rows)
     sources = "".join(
         f"<tr><td>{html.escape(s.file)}</td><td class=n>{s.n_frames}</td><td class=n>{s.distance_m:.3f} m</td>"
-        f"<td class=n>{s.tilt_deg:.0f}&deg;</td><td><code>{s.sha256[:12]}</code></td></tr>"
-        for s in profile.sources
+        f"<td class=n>{s.tilt_deg:.0f}&deg;</td><td class=n>{_left_out(left)}</td>"
+        f"<td><code>{s.sha256[:12]}</code></td></tr>"
+        for s, left in zip(profile.sources, calibration.left_out, strict=True)
     )
     notes = "".join(f"<li>{html.escape(text)}</li>" for text in [*calibration.sentences, *profile.warnings])
     figures = "".join(
@@ -101,9 +103,8 @@ table{{border-collapse:collapse}} td,th{{padding:.15rem .8rem .15rem 0;text-alig
 <p class="verdict">{html.escape(verdict)}</p>
 <ul>{notes}</ul>
 <h2>Measured</h2><table><tr><th></th><th class=n>value</th><th class=n>std. error</th></tr>{table}</table>
-<h2>Sweeps</h2><table><tr><th>file</th><th>frames</th><th>distance</th><th>tilt</th><th>sha256</th></tr>{
-        sources
-    }</table>
+<h2>Sweeps</h2><table><tr><th>file</th><th>frames</th><th>distance</th><th>tilt</th>
+<th>focus against what the other sweeps predict</th><th>sha256</th></tr>{sources}</table>
 <h2>Evidence</h2><div class="grid">{figures}</div>
 <p>{html.escape(profile.software)}, {
         html.escape(profile.created)
@@ -113,6 +114,12 @@ of a uniform disc, in pixels of the {profile.width_px} x {profile.height_px} ima
     }.</p>
 </body></html>
 """
+
+
+def _left_out(left: LeftOut | None) -> str:
+    if left is None:
+        return "cannot be told"
+    return f"{left.shift_dpt:+.4f} &plusmn; {1.96 * left.expected_dpt:.4f} dpt, {left.blur_rms_px:.2f} px"
 
 
 def verdict_of(calibration: Calibration) -> tuple[str, str]:

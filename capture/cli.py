@@ -300,12 +300,17 @@ def _capture(
         bool, typer.Option("--delete-from-camera", help="Delete pictures from the card once they are stored here.")
     ] = False,
     camera_profile: Annotated[Path | None, typer.Option(help="Profile of the body (YAML); see --probe.")] = None,
+    board: Annotated[
+        Path | None, typer.Option(help="board.yaml of the calibration board in the scene, kept for `daif calibrate`.")
+    ] = None,
 ) -> None:
     """Run a focus sweep: take, check and store its frames; Ctrl-C finishes the frame and stops resumable."""
+    from capture.board import BoardDescription
     from capture.cameras import open_camera
     from capture.cameras.base import ExposureSettings
     from capture.cameras.gphoto import parse_number
     from capture.cameras.profiles import read_profile
+    from capture.config import load_yaml
     from capture.plan import FocusSweep, read_lens
     from capture.sweep import StopRequest, SweepOptions, run_sweep, stored_plan
 
@@ -313,6 +318,7 @@ def _capture(
         raise UsageError("say which frames to take: --plan plan.yaml (daif plan -o plan.yaml), or --resume")
     sweep = FocusSweep.read(plan) if plan is not None else stored_plan(output)
     optic = read_lens(lens) if lens else None
+    target = load_yaml(board, BoardDescription).model_dump() if board else None
     if dry_run:
         typer.echo(_dry_run_text(sweep, optic, camera, output))
         return
@@ -332,6 +338,7 @@ def _capture(
         allow_drift=allow_drift,
         prefer=_choice(prefer, "--prefer", ("raw", "jpeg")),
         exif_distances=exif_distances,
+        board=target,
         overwrite=force,
     )
     from capture.progress import sweep_display

@@ -190,7 +190,11 @@ class Intrinsics(BaseModel):
 
 
 class SourceStack(BaseModel):
-    """One sweep that a profile was fitted to."""
+    """One sweep that a profile was fitted to.
+
+    `left_out_shift_dpt` is how far its focus lies from what a fit to the other sweeps alone predicts, and
+    `left_out_expected_dpt` the standard error of that; absent where the others do not determine a fit.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -199,6 +203,8 @@ class SourceStack(BaseModel):
     n_frames: int
     distance_m: float
     tilt_deg: float
+    left_out_shift_dpt: float | None = None
+    left_out_expected_dpt: float | None = None
 
 
 class Optics(NamedTuple):

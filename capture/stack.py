@@ -1093,6 +1093,15 @@ def partial_path(path: str | Path) -> Path:
     return Path(f"{path}.partial")
 
 
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def plan_sha256(plan: Mapping[str, Any]) -> str:
     """Hash by which `resume` recognises a plan."""
     return hashlib.sha256((_dumps(plan) or "").encode()).hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import tempfile
 from collections.abc import Callable
@@ -17,7 +16,7 @@ import numpy as np
 from capture.decode import to_srgb8
 from capture.importer import import_folder
 from capture.lens import LensProfile
-from capture.stack import FocalStack
+from capture.stack import FocalStack, file_sha256
 from reconstruct import evaluate, export, metrics, remote, report, result
 from reconstruct.infer import Clock, Overview, Report, Settings, plan_memory, read_overview, reconstruct
 
@@ -81,16 +80,16 @@ def solve(
             folder, file = file, Path(scratch) / f"{stack_name(location)}.h5"
             import_folder(folder, file)
         with FocalStack.open(file, allow_partial=file.suffix == ".partial") as stack:
-            plan = plan_memory(stack, job.settings)
-            announce(str(plan))
+            announce(str(plan_memory(stack, job.settings, profile)))
             overview = read_overview(stack)
-            source_sha256 = sha256(file)
+            source_sha256 = file_sha256(file)
             clock.lap("read")
-            answer = reconstruct(stack, job.settings, profile, progress, overview=overview, plan=plan)
+            answer = reconstruct(stack, job.settings, profile, progress, overview=overview)
             inner = Clock()
             answer.name = stack_name(location)
             answer.record["input"] = {"file": location, "sha256": source_sha256, "frames": stack.n_frames}
-            answer.record["lens_profile"] = {"file": str(job.lens), "sha256": sha256(job.lens)} if job.lens else None
+            lens_sha256 = file_sha256(job.lens) if job.lens else None
+            answer.record["lens_profile"] = {"file": str(job.lens), "sha256": lens_sha256} if job.lens else None
             answer.record["versions"] = {
                 "daif": metadata.version("daif"),
                 "python": platform.python_version(),
@@ -152,12 +151,3 @@ def _truth(stack: FocalStack, answer: result.Reconstruction) -> report.Truth | N
     answer.record["errors"] = dict(zip(names, scores, strict=True))
     rows = [[metrics.LABELS.get(name, name), *(f"{score[name]:.4g}" for score in scores)] for name in scores[0]]
     return report.Truth(truth_m, ["measure", *names], rows, metrics.NOTE)
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

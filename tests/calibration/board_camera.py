@@ -14,7 +14,7 @@ import numpy as np
 from calibration.board import Board
 
 SUPERSAMPLING = 2
-TEXELS_PER_CELL = 12
+TEXELS_PER_CELL = 8
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class BoardCamera:
     near_dpt: float = 1.7
     far_dpt: float = 0.4
     bend: float = 0.25  # of the motor law
+    wave: float = 0.0  # of the motor law: no polynomial
     floor_px: float = 0.5
     noise: float = 0.01
     bits: int = 14
@@ -37,7 +38,9 @@ class BoardCamera:
 
     def focus_dpt(self, step):
         u = np.asarray(step, float) / 1000.0
-        return self.far_dpt + (self.near_dpt - self.far_dpt) * (u + self.bend * u * (u - 1.0))
+        return self.far_dpt + (self.near_dpt - self.far_dpt) * (
+            u + self.bend * u * (u - 1.0) + self.wave * np.sin(2.0 * np.pi * u) / (2.0 * np.pi)
+        )
 
     def focal_at(self, step):
         phi = self.focus_dpt(step)
@@ -70,11 +73,13 @@ class BoardCamera:
         from_texels = np.linalg.inv(np.array([[texels_per_m, 0, shift], [0, texels_per_m, shift], [0, 0, 1.0]]))
         corner_dpt = [inverse_depth @ [x, y, 1.0] for x in (0, width) for y in (0, height)]
         largest = self.pupil_m * focal * max(abs(phi - d) for d in corner_dpt)
-        count = int(np.clip((largest / n) ** 2 / 3, 12, 160))
-        radius = 0.5 * self.pupil_m * np.sqrt((np.arange(count) + 0.5) / count)
+        count = int(np.clip((largest / n) ** 2, 48, 240))  # a third of it is off by 0.05 px of blur
         angle = np.arange(count) * np.pi * (3 - np.sqrt(5))
+        pupil = np.sqrt((np.arange(count) + 0.5) / count)[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+        pupil -= pupil.mean(axis=0)
+        pupil *= 0.25 * self.pupil_m / pupil.std(axis=0)  # second moments of the disc, exactly
         total = np.zeros((height, width), np.float32)
-        for a, b in zip(radius * np.cos(angle), radius * np.sin(angle), strict=True):
+        for a, b in pupil:
             view = np.eye(3)
             view[0] += focal * a * (phi * np.array([0, 0, 1.0]) - inverse_depth)
             view[1] += focal * b * (phi * np.array([0, 0, 1.0]) - inverse_depth)
