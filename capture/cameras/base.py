@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -207,6 +207,14 @@ class Camera(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+def home_by_moving(camera: Camera, end: Literal["near", "far"]) -> FocusReport:
+    """`home()` of a lens that knows where it is: a move to the `end` of its scale."""
+    limits, before = camera.focus_range(), camera.position()
+    report = camera.move_focus(limits.near if end == "near" else limits.far)
+    travelled = None if before is None else abs(before - report.commanded)
+    return replace(report, at_limit=True, travelled=travelled)
 
 
 class CameraError(DaifError):

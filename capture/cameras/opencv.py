@@ -36,6 +36,7 @@ from capture.cameras.base import (
     Frame,
     Transfer,
     UnsupportedControl,
+    home_by_moving,
 )
 from capture.cameras.worker import WorkerCamera
 from capture.errors import UsageError
@@ -284,11 +285,7 @@ class OpencvCamera:
         )
 
     def home(self, end: Literal["near", "far"] = "near") -> FocusReport:
-        limits = self.focus_range()
-        before = self.position()
-        report = self.move_focus(limits.near if end == "near" else limits.far)
-        travelled = None if before is None else abs(before - report.commanded)
-        return FocusReport(report.commanded, report.position, True, report.finished_s, travelled)
+        return home_by_moving(self, end)
 
     def move_focus(self, target: float) -> FocusReport:
         import cv2

@@ -28,6 +28,7 @@ from capture.cameras.base import (
     FocusReport,
     Frame,
     UnsupportedControl,
+    home_by_moving,
 )
 
 MANUAL_FOCUS = 0  # libcamera's AfModeManual
@@ -109,11 +110,7 @@ class PicameraCamera:
         return FocusRange(float(high), float(low), 0.01, "dioptre", "device")
 
     def home(self, end: Literal["near", "far"] = "near") -> FocusReport:
-        limits = self.focus_range()
-        before = self.position()
-        report = self.move_focus(limits.near if end == "near" else limits.far)
-        travelled = None if before is None else abs(before - report.commanded)
-        return FocusReport(report.commanded, report.position, True, report.finished_s, travelled)
+        return home_by_moving(self, end)
 
     def move_focus(self, target: float) -> FocusReport:
         camera = self._open("move_focus")
