@@ -71,6 +71,7 @@ def test_ranking_by_the_true_error_is_ideal_and_the_reverse_is_not():
     worst = metrics.depth_metrics(answer(found, std=1 - error), TRUTH_M)
     assert ideal["ause"] == pytest.approx(0, abs=1e-6)
     assert ideal["kept70_cut"] == pytest.approx(0.3, abs=0.03)  # uniform errors: mean 0.35 instead of 0.5
+    assert ideal["kept70_cut"] == pytest.approx(ideal["kept70_limit"]) == pytest.approx(worst["kept70_limit"])
     assert worst["ause"] > 0.5 and worst["kept70_cut"] < 0
 
 
