@@ -1,21 +1,27 @@
 """`daif view OUT`: the finished reconstructions of a folder in the browser, one beside another.
 
-Every report is a page of its own (refocus, measure, 3-D); this adds the list and a wipe between two results.
+Every report is a page of its own (maps side by side, refocus, measure, 3-D points, all in WebGL: no viewer library);
+this adds the list and a wipe between two results in the same colours.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 from importlib import resources
 from pathlib import Path
 
+import cv2
+import numpy as np
+from numpy.typing import NDArray
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from capture.errors import DataError, UsageError
-from reconstruct import result, web
+from reconstruct import export, report, result, web
 
 
 def viewer_app(out: Path) -> Starlette:
@@ -35,8 +41,24 @@ def viewer_app(out: Path) -> Starlette:
         policy = {"Content-Security-Policy": "frame-ancestors 'self'"} if path.suffix == ".html" else None
         return FileResponse(path, headers=policy)
 
+    async def pair(request: Request) -> Response:
+        folders = {folder.name: folder for folder in finished(out)}
+        wanted = [folders.get(request.query_params.get(side, "")) for side in ("left", "right")]
+        what = request.query_params.get("what")
+        if wanted[0] is None or wanted[1] is None or what not in ("depth", "aif", "confidence"):
+            return web.not_found("there is no such pair")
+        try:
+            return JSONResponse(await run_in_threadpool(compare, wanted[0], wanted[1], what))
+        except DataError as error:
+            return web.not_found(str(error))
+
     return Starlette(
-        routes=[Route("/", page), Route("/results.json", listing), Route("/results/{path:path}", one_file)]
+        routes=[
+            Route("/", page),
+            Route("/results.json", listing),
+            Route("/pair.json", pair),
+            Route("/results/{path:path}", one_file),
+        ]
     )
 
 
@@ -45,6 +67,36 @@ def finished(out: Path) -> list[Path]:
     if result.is_complete(out):
         return [out]
     return sorted(folder for folder in out.iterdir() if folder.is_dir() and result.is_complete(folder))
+
+
+def compare(left: Path, right: Path, what: str) -> dict[str, str]:
+    """Two results as pictures in the same colours (data URLs), and one line on what these mean.
+
+    `what` is depth, aif or confidence. Raises DataError if a result is damaged.
+    """
+    results = [result.load(left), result.load(right)]
+    if what == "aif":
+        return _pictures([one.aif_srgb8 for one in results], "all-in-focus images")
+    if what == "confidence":
+        return _pictures([export.colorize(one.confidence, 0, 1) for one in results], "blue 0 (a guess) to red 1 (sure)")
+    if not all(one.metric for one in results):
+        own = [export.colorize_inverse_depth(one.inverse_depth_dpt)[0] for one in results]
+        return _pictures(own, "each in its own colours: a relative depth has no metres to compare")
+    both = np.concatenate([one.inverse_depth_dpt.ravel() for one in results])
+    low, high = (float(q) for q in np.nanpercentile(both, [1, 99]))
+    words = f"red {report.format_length(1 / max(high, 1e-3))} to blue {report.format_length(1 / max(low, 1e-3))}"
+    if results[0].depth.shape == results[1].depth.shape:
+        gap_m = float(np.nanmedian(np.abs(results[0].depth - results[1].depth)))
+        words += f"; median difference {report.format_length(gap_m)}"
+    return _pictures([export.colorize(one.inverse_depth_dpt, low, high) for one in results], words)
+
+
+def _pictures(images: list[NDArray[np.uint8]], words: str) -> dict[str, str]:
+    urls = [
+        "data:image/png;base64," + base64.b64encode(cv2.imencode(".png", image[..., ::-1])[1].tobytes()).decode("ascii")
+        for image in images
+    ]
+    return {"left": urls[0], "right": urls[1], "words": words}
 
 
 def _summary(folder: Path) -> dict[str, object]:
