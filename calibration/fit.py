@@ -452,7 +452,7 @@ def leave_one_out(seen: Observations, fit: Fit) -> list[LeftOut | None]:
         if not len(others):
             return [None]
         rest = _fit_hierarchical(others, fit, degree)
-        if not rest.converged or rest.pupil_std_m > MAX_PUPIL_RATIO * rest.pupil_m:
+        if not rest.converged or not _tells_gain(rest, others):
             out.append(None)
             continue
         predicted = rest.signed_coc_px(own)
@@ -468,7 +468,7 @@ def leave_one_out(seen: Observations, fit: Fit) -> list[LeftOut | None]:
         by_frame = [float(np.median(miss_dpt[own.frame == frame])) for frame in frames]
         by_gain = rest.pupil_std_m / rest.pupil_m * float(np.mean(predicted / (rest.pupil_m * own.focal_px)))
         parts = (
-            fit.tau_dpt / np.sqrt(len(frames)),
+            rest.tau_dpt / np.sqrt(len(frames)),
             float(np.mean(rest.focus_std_dpt(own.position[first]))),
             POSE_STD * float(np.median(own.inverse_depth_dpt)),
             by_gain,
@@ -522,11 +522,18 @@ def _check_bracketed(seen: Observations) -> None:
         )
 
 
+def _tells_gain(fit: Fit, seen: Observations) -> bool:
+    """Whether the boards span enough depth to tell a wide aperture from a far focus."""
+    span = abs(float(np.ptp(fit.law(np.linspace(fit.law.low, fit.law.high, 200)))))
+    deep = float(np.ptp(seen.inverse_depth_dpt)) >= MIN_DEPTH_SHARE * span
+    return deep and not fit.pupil_std_m > MAX_PUPIL_RATIO * fit.pupil_m
+
+
 def _check_result(fit: Fit, seen: Observations) -> None:
     """Refuse a fit that says nothing, in the words of notes/calibration.md 5.4."""
     span = abs(float(np.ptp(fit.law(np.linspace(fit.law.low, fit.law.high, 200)))))
     depths = float(np.ptp(seen.inverse_depth_dpt))
-    if depths < MIN_DEPTH_SHARE * span or fit.pupil_std_m > MAX_PUPIL_RATIO * fit.pupil_m:
+    if not _tells_gain(fit, seen):
         raise CalibrationError(
             "ONE_DISTANCE",
             f"the board was seen over {depths:.3f} dpt of a sweep of {span:.2f} dpt, which cannot tell a wide "

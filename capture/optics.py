@@ -271,10 +271,12 @@ def sweep_for_scene(
     """A lens, and `n_frames` focus settings (1/m) uniform over the depths of `scene`, with blur up to `max_coc_px`.
 
     Seen in the nearest frame, the farthest point has a CoC of `max_coc_px`; the outermost 0.5 % of the pixels at either
-    end do not count. The pixel pitch follows from that at f/2.8.
+    end do not count. The pixel pitch follows from that at f/2.8. A flat scene is swept by 5 % to either side.
     """
     inverse = 1.0 / scene.depth_m[np.isfinite(scene.depth_m)]
     far, near = np.percentile(inverse, [0.5, 99.5])
+    if near - far < 0.1 * near:
+        far, near = np.array([0.95, 1.05]) * (far + near) / 2
     kappa = max_coc_px / (near - far)
     lens = Lens(focal_length_m=focal_length_m, f_number=2.8, pixel_pitch_m=1e-5)
     return lens.rescaled(float(kappa / lens.kappa_px_per_dpt(float(near)))), np.linspace(far, near, n_frames)

@@ -142,7 +142,8 @@ class Behaviour(BaseModel):
         noise: noise of a white pixel in linear light (`capture.optics.Condition`).
         bits: 8 or 16 bits a channel.
         psf: shape of the aperture.
-        breathing: relative change of image scale from the far to the near end of the range.
+        breathing: relative change of image scale, and of blur with it, from the far to the near end of the range;
+            f x (range in dioptres) for a lens that moves as a unit.
         drift: relative change of the lamp's brightness from frame to frame.
         latency_s: time that a picture takes.
         live_view: the lens moves only while live view is on.
@@ -229,6 +230,10 @@ class SimulatedCamera:
         scene: what stands before the camera.
         lens: its optics at the scene's size; by default chosen for `behaviour.max_coc_px`.
         near_dpt, far_dpt: focus settings at the lens's stops; by default a little beyond the scene's range.
+
+    Blur is kappa_px_per_dpt(q_s) (q_s - q): as for any real lens of constant pupil, kappa is the diameter of the pupil
+    times the focal length in px at which the frame shows the scene. `lens` predicts both for a lens that moves as a
+    unit, and those agree when `behaviour.breathing` is that lens's own.
     """
 
     def __init__(
@@ -278,7 +283,7 @@ class SimulatedCamera:
             backlash=self.behaviour.backlash if self.behaviour.relative else 0.0,
             settle_s=0.0,
         )
-        return CameraInfo("daif", f"simulated {self.scene.name}", "0001", "simulated", capabilities, self.lens)
+        return CameraInfo("daif", "simulated", "0001", "simulated", capabilities, self.lens)
 
     def lock_exposure(self, settings: ExposureSettings) -> ExposureSettings:
         self._check()
@@ -402,6 +407,21 @@ class SimulatedCamera:
         share += self.behaviour.curve * share * (1 - share)
         return self.near_dpt + share * (self.far_dpt - self.near_dpt)
 
+    @property
+    def focal_px(self) -> float:
+        """Pinhole focal length in px at mid focus, where the scene is shown at its own scale."""
+        middle_dpt = 0.5 * (self.near_dpt + self.far_dpt)
+        return float(self.lens.image_distance_m(middle_dpt)) / self.lens.pixel_pitch_m
+
+    def magnification(self, focus_dpt: float) -> float:
+        """Image scale at `focus_dpt`, 1 at mid focus."""
+        ends_dpt = np.array([self.far_dpt, self.near_dpt, focus_dpt])
+        return float(breathing_magnification(ends_dpt, self.behaviour.breathing)[2])
+
+    def kappa_px_per_dpt(self, focus_dpt: float) -> float:
+        """Blur gain A F_i: the pupil keeps its size, and blur grows as the image does (design section 2)."""
+        return self.lens.aperture_m * self.focal_px * self.magnification(focus_dpt)
+
     def _step_for(self, focus_dpt: float) -> float:
         """The inverse of `focus_dpt_at`."""
         steps = np.linspace(0, self.behaviour.steps, 4 * self.behaviour.steps + 1)
@@ -429,11 +449,10 @@ class SimulatedCamera:
         """Noiseless linear light at the present focus."""
         focus_dpt = self._focus_dpt()
         if focus_dpt not in self._views:
-            kappa = float(self.lens.kappa_px_per_dpt(focus_dpt))
             if self._renderer is None:
-                self._renderer = ApertureRenderer(self.scene, float(self.lens.kappa_px_per_dpt(self.near_dpt)))
-            ends_dpt = np.array([self.far_dpt, self.near_dpt, focus_dpt])
-            magnification = float(breathing_magnification(ends_dpt, self.behaviour.breathing)[2])
+                ends = [self.kappa_px_per_dpt(end) for end in (self.near_dpt, self.far_dpt)]
+                self._renderer = ApertureRenderer(self.scene, max(ends))
+            kappa, magnification = self.kappa_px_per_dpt(focus_dpt), self.magnification(focus_dpt)
             view = self._renderer.frame(focus_dpt, kappa, psf=self.behaviour.psf, magnification=magnification)
             self._views[focus_dpt] = view
             if len(self._views) > CACHED_FRAMES:

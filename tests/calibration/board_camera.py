@@ -34,7 +34,7 @@ class BoardCamera:
     floor_px: float = 0.5
     noise: float = 0.01
     bits: int = 14
-    distortion: float = 0.0
+    distortion: float = 0.0  # k1
 
     def focus_dpt(self, step):
         u = np.asarray(step, float) / 1000.0
@@ -73,7 +73,7 @@ class BoardCamera:
         from_texels = np.linalg.inv(np.array([[texels_per_m, 0, shift], [0, texels_per_m, shift], [0, 0, 1.0]]))
         corner_dpt = [inverse_depth @ [x, y, 1.0] for x in (0, width) for y in (0, height)]
         largest = self.pupil_m * focal * max(abs(phi - d) for d in corner_dpt)
-        count = int(np.clip((largest / n) ** 2, 48, 240))  # a third of it is off by 0.05 px of blur
+        count = int(np.clip((largest / n) ** 2 / 2, 48, 160))
         angle = np.arange(count) * np.pi * (3 - np.sqrt(5))
         pupil = np.sqrt((np.arange(count) + 0.5) / count)[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
         pupil -= pupil.mean(axis=0)
@@ -86,12 +86,24 @@ class BoardCamera:
             matrix = view @ plane @ from_texels
             total += cv2.warpPerspective(texture, matrix, (width, height), flags=cv2.INTER_LINEAR, borderValue=(255,))
         image = total / (255.0 * count) * 0.75 + 0.06
+        if self.distortion:
+            image = cv2.remap(image, *self._straight(camera, (height, width)), cv2.INTER_CUBIC)
         if self.floor_px:
             image = cv2.GaussianBlur(image, (0, 0), self.floor_px * n)
         image = cv2.resize(image, (self.width, self.height), interpolation=cv2.INTER_AREA)
         image = image + rng.normal(0.0, self.noise, image.shape).astype(np.float32)
         levels = 2**self.bits - 1
         return (np.round(np.clip(image, 0, 1) * levels) / levels).astype(np.float32)
+
+    def _straight(self, camera, shape) -> tuple[np.ndarray, np.ndarray]:
+        """Where every pixel of a distorted image lies in the straight one: r_distorted = r (1 + k1 r^2)."""
+        y, x = np.mgrid[: shape[0], : shape[1]]
+        xd, yd = (x - camera[0, 2]) / camera[0, 0], (y - camera[1, 2]) / camera[1, 1]
+        shrink = np.ones(shape)
+        for _ in range(10):
+            shrink = 1.0 / (1.0 + self.distortion * (xd**2 + yd**2) * shrink**2)
+        straight_x, straight_y = xd * shrink * camera[0, 0] + camera[0, 2], yd * shrink * camera[1, 1] + camera[1, 2]
+        return straight_x.astype(np.float32), straight_y.astype(np.float32)
 
     def sweep(self, board: Board, pose, steps, seed=0, jitter_dpt=0.0) -> np.ndarray:
         """(S, H, W) frames at motor `steps`; `jitter_dpt` is the motor's own scatter."""

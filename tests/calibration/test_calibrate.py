@@ -13,7 +13,7 @@ from calibration.check import check_profile
 from calibration.edges import CalibrationError, Sweep, locate
 from calibration.report import report_html, verdict_of
 from capture.errors import DataError, UsageError
-from capture.lens import LensProfile, Measured
+from capture.lens import Lens, LensProfile, Measured
 from capture.stack import StackWriter
 from reconstruct.cli import app
 from tests.calibration.board_camera import BoardCamera
@@ -133,6 +133,77 @@ def test_blur_larger_than_the_squares_is_refused(frames):
     )
     with pytest.raises(CalibrationError, match=r"print larger squares.*\[BLUR_TOO_LARGE\]"):
         calibrate([stack_of(blurred)], focal_px=FOCAL)
+
+
+def sharpened(images, amount=0.6, sigma=1.2):
+    return np.stack([image + amount * (image - cv2.GaussianBlur(image, (0, 0), sigma)) for image in images])
+
+
+@pytest.mark.parametrize(
+    ("code", "words", "change"),
+    [
+        (
+            "NOT_LINEAR",
+            "mid tones are brighter .*correct `transfer`",
+            lambda images: np.clip(images, 0, 1) ** (1 / 2.2),
+        ),
+        ("NOT_LINEAR", "mid tones are darker .*correct `transfer`", lambda images: np.clip(images, 0, 1) ** 1.5),
+        ("SHARPENED", "switch sharpening", sharpened),
+    ],
+    ids=["gamma taken for linear", "decoded twice", "sharpened"],
+)
+def test_what_the_camera_did_to_the_light_is_named(frames, code, words, change):
+    with pytest.raises(CalibrationError, match=rf"{words}.*\[{code}\]"):
+        calibrate([stack_of(change(images)[::2], f"{k}.h5", positions=STEPS[::2]) for k, images in enumerate(frames)],
+                  focal_px=FOCAL)  # fmt: skip
+
+
+def test_a_stack_of_another_board_is_refused(frames):
+    with pytest.raises(CalibrationError, match=r"; .*\[NO_BOARD\]"):
+        locate(stack_of(frames[0][5:8], board=Board(columns=8, rows=6, square_m=0.035)).sweep)
+
+
+def test_each_sweep_is_predicted_by_the_other_where_that_can_be(calibration):
+    frontal, tilted = calibration.left_out
+    assert tilted is None  # one frontal sweep alone predicts nothing
+    assert frontal is not None and frontal.agrees
+    assert abs(frontal.shift_dpt) < 0.02
+    source = calibration.profile.sources[0]
+    assert (source.left_out_shift_dpt, source.left_out_expected_dpt) == (frontal.shift_dpt, frontal.expected_dpt)
+    assert calibration.profile.sources[1].left_out_shift_dpt is None
+    assert "Leaving each sweep out" in " ".join(calibration.sentences)
+    assert "cannot be told" in report_html(calibration)
+
+
+def test_what_the_numbers_cannot_show_is_warned_about(frames):
+    board = BOARD.model_copy(update={"square_m": 0.05, "measured": False})
+    lens = Lens(focal_length_m=0.050, f_number=2.8, pixel_pitch_m=0.050 / 1000.0)
+    stacks = [
+        stack_of(images[::2], f"{k}.h5", positions=STEPS[::2], board=board, lens=lens)
+        for k, images in enumerate(frames)
+    ]
+    warnings = calibrate(stacks, focal_px=FOCAL).profile.warnings
+    assert [warning for warning in warnings if warning.startswith("SCALE_UNCHECKED: nobody measured")]
+    assert [w for w in warnings if w.startswith("IMPLAUSIBLE_APERTURE: 22.") and "where f / N is 17.9 mm" in w]
+
+
+@pytest.mark.parametrize("k1", [0.06, -0.06])
+def test_distortion_is_estimated_from_tilted_boards(k1):
+    camera = BoardCamera(height=320, width=480, focal_px=700.0, distortion=k1, noise=0.005)
+    poses = [
+        {"distance_m": 0.62, "tilt_deg": 28, "roll_deg": 4},
+        {"distance_m": 0.9, "turn_deg": -40, "roll_deg": -3},
+        {"distance_m": 0.7, "tilt_deg": -35, "turn_deg": 15},
+    ]
+    steps = np.linspace(0, 1000, 5)
+    stacks = [
+        stack_of(camera.sweep(BOARD, camera.pose(BOARD, **pose), steps, seed=k), f"{k}.h5", positions=steps)
+        for k, pose in enumerate(poses)
+    ]
+    profile = calibrate(stacks).profile
+    assert profile.intrinsics.distortion[0] == pytest.approx(k1, abs=0.02)
+    assert profile.intrinsics.focal_length_px.value == pytest.approx(float(camera.focal_at(500)), rel=0.005)
+    assert profile.pupil_diameter_m.value == pytest.approx(camera.pupil_m, rel=0.01)
 
 
 def test_stacks_of_different_cameras_are_refused(frames):

@@ -4,9 +4,10 @@ import dataclasses
 
 import numpy as np
 import pytest
+import scipy.optimize
 
 from calibration.edges import CalibrationError
-from calibration.fit import bootstrap_std, fit_blur
+from calibration.fit import bootstrap_std, fit_blur, leave_one_out
 from tests.calibration.measurements import Truth
 
 STEPS = np.linspace(0, 1000, 11)
@@ -107,6 +108,36 @@ def test_what_an_ideal_lens_has_not_is_diagnosed(name, change, expected):
     assert abs(value) > 4 * std
     plain, plain_std = fit_blur(seen).extra[name]
     assert abs(plain) < max(4 * plain_std, 0.01)
+
+
+def test_a_sweep_is_predicted_by_the_others_unless_they_are_one_frontal_board():
+    seen = Truth().observe(THREE, STEPS, seed=4)
+    for left in leave_one_out(seen, fit_blur(seen)):
+        assert left.agrees
+        assert abs(left.shift_dpt) < 0.005
+    two = seen.take(seen.sweep < 2)
+    assert leave_one_out(two, fit_blur(two)) == [None, None]
+
+
+def test_a_sweep_that_does_not_fit_the_others_is_told():
+    truth = Truth()
+    seen = truth.observe([*THREE, (1.25, 0.01)], STEPS, seed=4)
+    off = np.where(seen.sweep == 2, 0.02, 0.0)  # the lens was turned between the sweeps
+    signed = truth.pupil_m * seen.focal_px * (truth.focus_dpt(seen.position) + off - seen.inverse_depth_dpt)
+    seen = dataclasses.replace(seen, coc2_px2=signed**2 + truth.floor_px**2)
+    left = leave_one_out(seen, fit_blur(seen))
+    assert not left[2].agrees
+    assert left[2].shift_dpt == pytest.approx(0.02, rel=0.3)
+
+
+def test_a_fit_that_does_not_converge_is_refused(monkeypatch):
+    def impatient(*args, **options):
+        return scipy.optimize.least_squares(*args, **{**options, "max_nfev": 2})
+
+    seen = Truth().observe(THREE, STEPS, seed=0)
+    monkeypatch.setattr("calibration.fit.least_squares", impatient)
+    with pytest.raises(CalibrationError, match=r"check that every sweep shows the same board.*\[NOT_CONVERGED\]"):
+        fit_blur(seen)
 
 
 def lost_steps(truth, seen):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import time
 
 import cv2
@@ -267,3 +268,30 @@ def test_a_sweep_of_a_relative_camera_with_backlash(tmp_path):
     with FocalStack.open(tmp_path / "s.h5") as stack:
         true = [frame["true_focus_dpt"] for frame in stack.metadata]
     np.testing.assert_allclose(true, [camera.focus_dpt_at(step) for step in sweep.positions], atol=1e-9)
+
+
+def test_blur_grows_as_the_image_does():
+    camera = make_camera(breathing=-0.08)
+    gain, scale = (
+        [f(q) for q in (camera.far_dpt, camera.near_dpt)] for f in (camera.kappa_px_per_dpt, camera.magnification)
+    )
+    assert scale[1] / scale[0] == pytest.approx(0.96 / 1.04)
+    assert gain[1] / gain[0] == pytest.approx(scale[1] / scale[0])
+    middle = 0.5 * (camera.far_dpt + camera.near_dpt)
+    assert camera.kappa_px_per_dpt(middle) == pytest.approx(float(camera.lens.kappa_px_per_dpt(middle)))
+
+
+def test_a_flat_wall_can_be_swept():
+    wall = dataclasses.replace(SCENE, depth_m=np.full_like(SCENE.depth_m, 2.0), hidden_aif=None, hidden_depth_m=None)
+    with SimulatedCamera(wall) as camera:
+        camera.open()
+        assert camera.far_dpt < 0.5 < camera.near_dpt
+        camera.move_focus(0.5)
+        sharp = sharpness(camera.grab(1.0).image)
+        camera.move_focus(camera.near_dpt)
+        assert sharpness(camera.grab(1.0).image) < 0.5 * sharp
+
+
+def test_cameras_of_different_scenes_are_one_camera():
+    names = {SimulatedCamera(procedural_scene(seed, 24, 32)).open().model for seed in (1, 2)}
+    assert len(names) == 1
