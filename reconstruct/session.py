@@ -162,14 +162,12 @@ class Session:
         self.folder, self.optic, self.lens_file = folder, optic, lens_file
         self.method, self.weights, self.refine_steps, self.device = method, weights, refine_steps, device
         self.train_steps = train_steps
-        self.wishes = Wishes()
         self.clients: set[Client] = set()
         self.version = 0
         self.picture: tuple[int, bytes] = (0, b"")
         self.looks: dict[tuple[str, int], Any] = {}
         self.look_version = 0
         self.at_work: dict[type, dict[str, Any]] = {}
-        self.facts: dict[int, dict[str, Any]] = {}
         self.failures: dict[int, str] = {}
         self.training: Training | None = None
         self.held_out: int | None = None
@@ -248,13 +246,10 @@ class Session:
 
     def _wanted(self, job: LookJob | FullJob) -> bool:
         """Whether a look would show more than the one that is shown."""
-        take, facts = self.folder.take(job.number), self.facts.get(job.number)
-        return (
-            take is None
-            or facts is None
-            or not (isinstance(job, LookJob) and job.purpose == "take")
-            or facts["n_frames"] < take.frames
-        )
+        take = self.folder.take(job.number)
+        if take is None or take.facts is None or not isinstance(job, LookJob) or job.purpose != "take":
+            return True
+        return take.facts["n_frames"] < take.frames
 
     def _news(self, news: News) -> None:
         job = news.job
@@ -265,7 +260,7 @@ class Session:
             self.look_version += 1
             if job.purpose == "take":
                 names = ("near_m", "far_m", "std_m", "confident", "n_frames", "seconds")
-                self.facts[job.number] = {name: getattr(look, name) for name in names}
+                self.folder.update(job.number, facts={name: getattr(look, name) for name in names})
             take = self.folder.take(job.number)
             if job.purpose == "take" and take is not None and look.n_frames == take.planned:
                 self.folder.log(
@@ -273,7 +268,7 @@ class Session:
                 )
         elif news.what == "full":
             self.failures.pop(job.number, None)
-            self.facts[job.number] = news.content
+            self.folder.update(job.number, facts=news.content)
             self.look_version += 1
             self.folder.log(f"take {job.number:03d}: reconstructed in {news.content['seconds']:.1f} s")
         elif news.what == "failed" and not (isinstance(job, LookJob) and job.stack.suffix == ".partial"):
@@ -336,7 +331,7 @@ class Session:
             case Mark():
                 return self._mark(message)
             case Plan():
-                self.wishes = self.wishes.changed(count=message.count, f_number=message.f_number)
+                self.folder.wish(count=message.count, f_number=message.f_number)
             case Note():
                 self.folder.update(message.take, note=message.text)
             case OfTake(do="resume"):
@@ -372,7 +367,7 @@ class Session:
 
     def _mark(self, message: Mark) -> str | None:
         if message.clear:
-            self.wishes = self.wishes.changed(**{message.which: None})
+            self.folder.wish(**{message.which: None})
         elif self.camera.info is None:
             return "no camera is connected"
         elif message.metres is not None:
@@ -380,11 +375,11 @@ class Session:
             limits = self.camera.limits
             if limits is not None and not limits.contains(position):
                 return f"{message.metres:g} m is beyond the lens's stop"
-            self.wishes = self.wishes.changed(**{message.which: position})
+            self.folder.wish(**{message.which: position})
         elif self.camera.aim is None:
             return "the position of the lens is not known yet; move the focus once, or type the distance"
         else:
-            self.wishes = self.wishes.changed(**{message.which: self.camera.aim})
+            self.folder.wish(**{message.which: self.camera.aim})
         self.changed()
         return None
 
@@ -526,6 +521,10 @@ class Session:
             "battery_low": camera.battery is not None and _is_low(camera.battery),
         }
 
+    @property
+    def wishes(self) -> Wishes:
+        return self.folder.record.wishes
+
     def _mark_facts(self, position: float | None) -> dict[str, Any] | None:
         if position is None or self.camera.info is None:
             return None
@@ -560,7 +559,6 @@ class Session:
             "thumbnails": sorted(index for taken, index in list(self.camera.thumbnails) if taken == number),
             "result": done,
             "look": not done and ("take", number) in self.looks,
-            "facts": self.facts.get(number),
             "failure": self.failures.get(number),
         }
 

@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -21,6 +21,7 @@ from capture.errors import DataError, UsageError
 from capture.lease import Lease
 from capture.stack import FocalStack, partial_path
 from reconstruct import result
+from reconstruct.session_plan import Wishes
 
 Status = Literal["capturing", "unfinished", "complete"]
 
@@ -39,6 +40,7 @@ class Take(BaseModel):
     note: str = ""
     warnings: list[str] = []
     problem: str = ""
+    facts: dict[str, Any] | None = None  # of the depth that is shown
 
 
 class SessionRecord(BaseModel):
@@ -50,6 +52,7 @@ class SessionRecord(BaseModel):
     created: str
     camera: str
     weights: str | None = None
+    wishes: Wishes = Wishes()
     takes: list[Take] = []
 
 
@@ -132,6 +135,12 @@ class SessionFolder:
             self.record.takes = [take for take in self.record.takes if take.number != number]
             self.save()
 
+    def wish(self, **changes: float | None) -> None:
+        """Change marks, frame count or f-number and save."""
+        with self.lock:
+            self.record.wishes = self.record.wishes.changed(**changes)
+            self.save()
+
     def accept_weights(self, weights: Path) -> None:
         with self.lock:
             self.record.weights = str(weights.relative_to(self.path))
@@ -168,7 +177,8 @@ class SessionFolder:
             raise DataError(
                 f"{self._file}: {where}: {first['msg']}; repair it, or move it away (takes and results stay)"
             ) from None
-        record.camera = camera
+        if record.camera != camera:
+            record.camera, record.wishes = camera, Wishes()  # marks count in the other camera's unit
         return record
 
     def _look_at_takes(self) -> None:

@@ -1,8 +1,5 @@
 """The viewer as a real process, seen from outside: key, origins, paths."""
 
-import re
-import subprocess
-import sys
 from urllib.parse import urlsplit
 
 import httpx
@@ -11,6 +8,7 @@ import websockets.sync.client
 
 from reconstruct import report, result
 from tests.reconstruct.small_result import small_result
+from tests.reconstruct.viewer_server import viewer
 
 
 @pytest.fixture(scope="module")
@@ -20,12 +18,8 @@ def served(tmp_path_factory):
         answer = small_result(name)
         result.save(answer, out, report_html=report.render_report(answer, []))
     (out.parent / "secret.txt").write_text("secret")
-    command = [sys.executable, "-c", "from reconstruct.cli import main; main()", "view", str(out)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        url = re.search(r"http://\S+", process.stdout.readline()).group()
+    with viewer(out) as url:
         yield url
-        process.terminate()
-        process.wait(timeout=10)
 
 
 @pytest.fixture
@@ -69,6 +63,14 @@ def test_a_foreign_websocket_is_refused(served):
         with pytest.raises(websockets.exceptions.InvalidStatus) as refused:
             websockets.sync.client.connect(address, origin=origin).close()
         assert refused.value.response.status_code == status
+
+
+def test_a_pair_is_compared_in_the_same_colours(served, client):
+    answer = client.get(f"{base(served)}/pair.json", params={"left": "first", "right": "second", "what": "depth"})
+    pair = answer.json()
+    assert pair["left"] == pair["right"] and pair["words"] == "red 2.00 m to blue 4.00 m; median difference 0.00 mm"
+    for wrong in ({"left": "first"}, {"left": "../out", "right": "second", "what": "depth"}, {"what": "depth"}):
+        assert client.get(f"{base(served)}/pair.json", params=wrong).status_code == 404
 
 
 @pytest.mark.parametrize("path", ["../secret.txt", "..%2fsecret.txt", "first/../../secret.txt", "%2e%2e/secret.txt"])
