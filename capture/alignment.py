@@ -206,16 +206,19 @@ class Alignment:
             bands.append(np.maximum(warped, 0.0, out=warped))
         return np.concatenate(bands)
 
-    def valid_mask(self, height: int | None = None, width: int | None = None) -> NDArray[np.bool_]:
-        """(H, W), True where every frame saw the reference's pixel; for a resized image give its size."""
-        height, width = height or self.height, width or self.width
-        y = (np.arange(height)[:, None] + 0.5) * self.height / height - 0.5
-        x = (np.arange(width)[None, :] + 0.5) * self.width / width - 0.5
-        mask = np.ones((height, width), dtype=bool)
+    def seen(self, rows: slice, cols: slice, step: int = 1) -> NDArray[np.bool_]:
+        """Where each frame saw the reference's pixel, (S, h, w), in a region of the frames reduced by `step`."""
+        y = (np.arange(rows.start, rows.stop)[:, None] + 0.5) * step - 0.5
+        x = (np.arange(cols.start, cols.stop)[None, :] + 0.5) * step - 0.5
+        masks = []
         for (a, b, c), (d, e, f) in self.matrices:
             x_in, y_in = a * x + b * y + c, d * x + e * y + f
-            mask &= (x_in >= -0.5) & (x_in <= self.width - 0.5) & (y_in >= -0.5) & (y_in <= self.height - 0.5)
-        return mask
+            masks.append((x_in >= -0.5) & (x_in <= self.width - 0.5) & (y_in >= -0.5) & (y_in <= self.height - 0.5))
+        return np.stack(masks)
+
+    def valid_mask(self) -> NDArray[np.bool_]:
+        """(H, W), True where every frame saw the reference's pixel."""
+        return np.asarray(self.seen(slice(0, self.height), slice(0, self.width)).all(0))
 
     @property
     def crop(self) -> tuple[slice, slice]:

@@ -3,15 +3,17 @@
 The order of work: align (breathing and hand motion), decide the optics, estimate depth in tiles at the
 *working scale*, at which the widest blur stays below `max_coc_px`, and, where that is smaller than the
 stored size, carry the depth up along the edges of the full-size all-in-focus image. Frames are read from the
-stack tile by tile, so memory is bounded by the outputs and one tile (`reconstruct/memory.py`).
+stack tile by tile, so memory is bounded by the outputs and one tile (`reconstruct/memory.py`). Tiles cannot be told
+from the whole: exposure and noise are measured once, and what has no bounded reach is done to the whole picture
+(`reconstruct/methods.py`).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -26,16 +28,18 @@ from capture.stack import FocalStack
 from reconstruct import memory
 from reconstruct.device import pick_device
 from reconstruct.estimate import Estimate
-from reconstruct.fusion import fuse
+from reconstruct.fusion import channel_noise_variance, filled_frames, fuse
+from reconstruct.methods import METHODS, Method, Network, PlaneSweep
 from reconstruct.optics import StackOptics, optics_of
-from reconstruct.plane_sweep import Photometry, photometry, plane_sweep
+from reconstruct.plane_sweep import Evidence, Photometry, photometry
 from reconstruct.result import Reconstruction
 
-Method = Literal["network", "plane-sweep"]
 Report = Callable[[str, float], None]  # (what is being done, share of the whole so far)
 OVERVIEW_PX = 1024  # longer side of the reduced frames that alignment and gain are estimated from
 PHOTOMETRY_PX = 512  # side of the middle part that noise and exposure are measured on, working pixels
-HALO_PX = 96  # working pixels around a tile: blur, windows and the network's reach
+GRID_PX = 16  # tiles start on multiples of it, as the network's halvings do
+BLUR_HALO_PX = 48  # around a tile that is compared: half the widest blur, and what its rings and windows reach
+FUSE_HALO_PX = 32  # around a tile that is fused: the reach of its bands and windows
 TILE_PX = 768  # side of a tile's core, working pixels; smaller where memory is short
 READ_PX = 1 << 20  # full-size pixels read at a time where they are reduced at once
 
@@ -56,7 +60,7 @@ class Settings:
         memory_share: part of the machine's memory to count on; 1 / workers.
     """
 
-    method: Method = "plane-sweep"
+    method: Literal["network", "plane-sweep"] = "plane-sweep"
     weights: str = "default"
     refine_steps: int = 0
     align: bool = True
@@ -67,15 +71,21 @@ class Settings:
     memory_share: float = 1.0
 
 
-def plan_memory(stack: FocalStack, settings: Settings) -> memory.MemoryPlan:
+def plan_memory(stack: FocalStack, settings: Settings, profile: LensProfile | None = None) -> memory.MemoryPlan:
     """What `reconstruct` will use; NoSpaceError, naming the stack, if it cannot fit."""
+    optics = optics_of(stack, profile)
+    return _plan(stack, settings, 1 if optics.kappa_px_per_dpt is None else _working_step(stack, optics, settings))
+
+
+def _plan(stack: FocalStack, settings: Settings, step: int) -> memory.MemoryPlan:
     try:
         return memory.plan(
             stack.height,
             stack.width,
             stack.n_frames,
+            step=step,
             tile_px=TILE_PX,
-            halo_px=HALO_PX,
+            halo_px=METHODS[settings.method].halo_px,
             network=settings.method == "network",
             refine=settings.refine_steps > 0,
             device=pick_device(settings.device),
@@ -92,12 +102,11 @@ def reconstruct(
     progress: Report = lambda what, share: None,
     *,
     overview: Overview | None = None,
-    plan: memory.MemoryPlan | None = None,
 ) -> Reconstruction:
     """Depth, confidence and all-in-focus image of `stack`.
 
     Args:
-        overview, plan: from `read_overview` and `plan_memory`, where the caller has them already.
+        overview: from `read_overview`, where the caller has it already.
 
     Raises:
         DataError: fewer than two usable frames, a profile that does not fit, frames that do not align.
@@ -110,7 +119,6 @@ def reconstruct(
     if stack.n_frames < 2:
         raise DataError(f"{stack.path} has {stack.n_frames} usable frame; depth from focus needs at least 2")
     optics = optics_of(stack, profile)
-    plan = plan or plan_memory(stack, settings)
 
     progress("aligning", 0.0)
     overview = overview or read_overview(stack)
@@ -118,25 +126,39 @@ def reconstruct(
     small, alignment = _align(stack, overview, optics, settings)
     clock.lap("align")
     optics = _with_gain(optics, overview, small, alignment)
+    step = _working_step(stack, optics, settings)
     kappa = _require(optics.kappa_px_per_dpt) * alignment.kappa_factor
-    step = _working_step(optics, kappa, settings.max_coc_px, (stack.height, stack.width))
     clock.lap("gain")
 
-    estimator = _Estimator(settings, optics.focus_dpt, kappa / step, device)
+    plan = _plan(stack, settings, step)
+    focus, gain = (torch.as_tensor(v, dtype=torch.float32, device=device) for v in (optics.focus_dpt, kappa / step))
+    sweep = PlaneSweep(focus, gain)
+    method: Method = Network(focus, gain, settings.weights) if settings.method == "network" else sweep
+    brightness = float(overview.frames.mean())
 
     def compute(tile_px: int) -> tuple[_Fields, _Fields | None]:
-        fields, baseline = _estimate_tiled(stack, alignment, estimator, step, tile_px, progress)
+        picture = _Picture(stack, alignment, step, device, memory.Scratch(plan.scratch_bytes))
+        clock.lap("read frames")
+
+        def fields_by(method: Method, refine_steps: int) -> _Fields:
+            method.context = picture.photometry(brightness)
+            return _estimate_tiled(picture, method, refine_steps, tile_px, progress)
+
+        fields = fields_by(method, settings.refine_steps)
+        baseline = fields_by(sweep, 0) if settings.compare and method is not sweep else None
         clock.lap("estimate")
         if step > 1:
+            del picture
             fields = _carry_up(stack, alignment, fields, optics.focus_dpt, kappa, step, tile_px, device, progress)
             clock.lap("full size")
         return fields, baseline
 
     fields, baseline = _within_memory(compute, plan, stack)
     progress("done", 1.0)
-    answer = _assemble(stack, optics, alignment, kappa, step, fields, clock, estimator.description)
+    description = {**method.description, "refine_steps": settings.refine_steps}
+    answer = _assemble(stack, optics, alignment, kappa, step, fields, clock, description)
     if baseline is not None:
-        answer.baseline = _assemble(stack, optics, alignment, kappa, step, baseline, clock, {"name": "plane-sweep"})
+        answer.baseline = _assemble(stack, optics, alignment, kappa, step, baseline, clock, sweep.description)
     return answer
 
 
@@ -172,56 +194,10 @@ class _Fields:
         depth, std, confidence = (np.empty((height, width), np.float32) for _ in range(3))
         return cls(depth, std, confidence, np.empty((height, width, 3), np.float32))
 
-    def put(self, rows: slice, cols: slice, estimate: Estimate, core: tuple[slice, slice]) -> None:
+    def put(self, tile: _Tile, estimate: Estimate) -> None:
         for name in ("inverse_depth_dpt", "std_dpt", "confidence"):
-            getattr(self, name)[rows, cols] = getattr(estimate, name)[core].cpu().numpy()
-        self.aif[rows, cols] = estimate.aif[(slice(None), *core)].permute(1, 2, 0).cpu().numpy()
-
-
-class _Estimator:
-    """(frames, valid) of one tile to an `Estimate`: the chosen method with its weights loaded once."""
-
-    def __init__(
-        self, settings: Settings, focus_dpt: NDArray[np.float64], kappa: NDArray[np.float64], device: torch.device
-    ) -> None:
-        self.device = device
-        self.focus_dpt = torch.as_tensor(focus_dpt, dtype=torch.float32, device=device)
-        self.kappa = torch.as_tensor(kappa, dtype=torch.float32, device=device)
-        self.refine_steps = settings.refine_steps
-        self.compare = settings.compare and settings.method == "network"
-        self.description: dict[str, Any] = {"name": settings.method, "refine_steps": settings.refine_steps}
-        self.context: Photometry | None = None
-        self.model: Any = None
-        if settings.method == "network":
-            from reconstruct.predict import load_network
-
-            self.model = load_network(settings.weights, device)
-            self.description["weights"] = self.model.identity
-
-    def look_at(self, frames: NDArray[np.float32], valid: NDArray[np.bool_]) -> None:
-        """Takes noise and exposure of all tiles from these frames, so that no tile differs from its neighbour."""
-        if self.model is None or self.compare:
-            tensor = torch.from_numpy(frames).permute(0, 3, 1, 2).to(self.device)
-            self.context = photometry(tensor, torch.from_numpy(valid).to(self.device))
-
-    def __call__(self, frames: NDArray[np.float32], valid: NDArray[np.bool_]) -> tuple[Estimate, Estimate | None]:
-        """The tile's estimate, and the plane sweep's where it is wanted for comparison."""
-        tensor = torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous().to(self.device)
-        mask = torch.from_numpy(valid).to(self.device)
-        if self.model is None:
-            estimate = plane_sweep(tensor, self.focus_dpt, self.kappa, valid=mask, context=self.context)
-        else:
-            from reconstruct.predict import predict
-
-            estimate = predict(self.model, tensor, self.focus_dpt, self.kappa, valid=mask)
-        if self.refine_steps:
-            from reconstruct.refine import refine
-
-            estimate = refine(tensor, self.focus_dpt, self.kappa, estimate, steps=self.refine_steps, valid=mask)
-        baseline = None
-        if self.compare:
-            baseline = plane_sweep(tensor, self.focus_dpt, self.kappa, valid=mask, context=self.context)
-        return estimate, baseline
+            getattr(self, name)[tile.core] = getattr(estimate, name)[tile.inside].cpu().numpy()
+        self.aif[tile.core] = estimate.aif[(slice(None), *tile.inside)].permute(1, 2, 0).cpu().numpy()
 
 
 @dataclass(frozen=True)
@@ -235,25 +211,20 @@ class Overview:
 def read_overview(stack: FocalStack) -> Overview:
     """The frames reduced, each read once and in bands."""
     factor = max(1, int(np.ceil(max(stack.height, stack.width) / OVERVIEW_PX)))
-    rows, cols = (slice(0, length // factor) for length in (stack.height, stack.width))
-    frames = [_read_reduced(stack.linear, i, rows, cols, factor) for i in range(stack.n_frames)]
-    return Overview(np.stack(frames), factor)
+    frames = np.empty((stack.n_frames, stack.height // factor, stack.width // factor, 3), np.float32)
+    for i, out in enumerate(frames):
+        _reduce(stack.linear, i, factor, out)
+    return Overview(frames, factor)
 
 
-def _read_reduced(read: FrameReader, i: int, rows: slice, cols: slice, factor: int) -> NDArray[np.float32]:
-    """Region (rows, cols) of frame i reduced by `factor`, (h, w, 3), a band at a time."""
-    if factor == 1:
-        return np.asarray(read(i, rows, cols), np.float32)
-    full_cols = slice(cols.start * factor, cols.stop * factor)
-    width = cols.stop - cols.start
+def _reduce(read: FrameReader, i: int, factor: int, out: NDArray[np.float32]) -> None:
+    """Frame i reduced by `factor` into `out` (h, w, 3), a band at a time."""
+    height, width, _ = out.shape
     step = max(1, READ_PX // (width * factor * factor))
-    out = np.empty((rows.stop - rows.start, width, 3), np.float32)
-    for start in range(rows.start, rows.stop, step):
-        stop = min(start + step, rows.stop)
-        band = read(i, slice(start * factor, stop * factor), full_cols)
-        reduced = cv2.resize(band, (width, stop - start), interpolation=cv2.INTER_AREA)
-        out[start - rows.start : stop - rows.start] = reduced
-    return out
+    for start in range(0, height, step):
+        stop = min(start + step, height)
+        band = read(i, slice(start * factor, stop * factor), slice(0, width * factor))
+        out[start:stop] = cv2.resize(band, (width, stop - start), interpolation=cv2.INTER_AREA)
 
 
 def _align(
@@ -303,78 +274,49 @@ def _require(kappa: NDArray[np.float64] | None) -> NDArray[np.float64]:
     return kappa
 
 
-def _working_step(optics: StackOptics, kappa: NDArray[np.float64], max_coc_px: float, size: tuple[int, int]) -> int:
+def _working_step(stack: FocalStack, optics: StackOptics, settings: Settings) -> int:
     """Whole factor by which frames are reduced so that the widest blur between two focus settings fits."""
-    widest_px = float(kappa.max() * np.ptp(optics.focus_dpt))
-    step = max(1, int(np.ceil(widest_px / max_coc_px)))
-    if min(size) // step < 64:
-        step = max(1, min(size) // 64)
-    return step
+    widest_px = float(_require(optics.kappa_px_per_dpt).max() * np.ptp(optics.focus_dpt))
+    step = max(1, int(np.ceil(widest_px / settings.max_coc_px)))
+    return min(step, max(1, min(stack.height, stack.width) // 64))
 
 
-def _tiles(height: int, width: int, tile_px: int) -> Iterator[tuple[slice, slice, slice, slice]]:
-    """Cores that cover the image, and the same with a halo: (rows, cols, halo_rows, halo_cols)."""
-    for rows, outer_rows in _spans(height, tile_px):
-        for cols, outer_cols in _spans(width, tile_px):
-            yield rows, cols, outer_rows, outer_cols
+class _Picture:
+    """The aligned frames of a stack at the working scale.
+
+    Reduced ones are kept, because making them reads the whole stack; at full size every region is read when it is
+    needed.
+    """
+
+    def __init__(
+        self, stack: FocalStack, alignment: Alignment, step: int, device: torch.device, scratch: memory.Scratch
+    ) -> None:
+        self.stack, self.alignment, self.step, self.device, self.scratch = stack, alignment, step, device, scratch
+        self.height, self.width = stack.height // step, stack.width // step
+        self.kept: NDArray[np.float32] | None = None
+        if step > 1:
+            self.kept = scratch.empty((stack.n_frames, self.height, self.width, 3))
+            for i, out in enumerate(self.kept):
+                _reduce(_aligned(stack, alignment), i, step, out)
+
+    def read(self, rows: slice, cols: slice) -> tuple[Tensor, Tensor]:
+        """A region of all frames, (S, 3, h, w), and where each holds data, (S, h, w)."""
+        if self.kept is not None:
+            frames = self.kept[:, rows, cols]
+        else:
+            read = _aligned(self.stack, self.alignment)
+            frames = np.stack([read(i, rows, cols) for i in range(self.stack.n_frames)])
+        tensor = torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous().to(self.device)
+        return tensor, torch.from_numpy(self.alignment.seen(rows, cols, self.step)).to(self.device)
+
+    def photometry(self, brightness: float) -> Photometry:
+        """Noise and exposure, from the middle of the picture; `brightness` is the whole's."""
+        found = photometry(*self.read(_middle(self.height), _middle(self.width)))
+        return found._replace(brightness=torch.full_like(found.noise, brightness))
 
 
-def _spans(length: int, tile_px: int) -> list[tuple[slice, slice]]:
-    count = max(1, int(np.ceil(length / tile_px))) if length > tile_px + 2 * HALO_PX else 1
-    ends = np.linspace(0, length, count + 1).astype(int)
-    return [
-        (slice(a, b), slice(max(0, a - HALO_PX), min(length, b + HALO_PX)))
-        for a, b in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)
-    ]
-
-
-def _read_tile(stack: FocalStack, alignment: Alignment, rows: slice, cols: slice, step: int) -> NDArray[np.float32]:
-    """Aligned frames (S, h, w, 3) of a working-scale region."""
-
-    def read(i: int, full_rows: slice, full_cols: slice) -> NDArray[np.float32]:
-        return alignment.apply_tile(stack.linear, i, full_rows, full_cols)
-
-    return np.stack([_read_reduced(read, i, rows, cols, step) for i in range(stack.n_frames)])
-
-
-def _seen(alignment: Alignment, rows: slice, cols: slice, step: int) -> NDArray[np.bool_]:
-    """Where each frame holds data on the reference's grid, (S, h, w), for a working-scale region."""
-    y = (np.arange(rows.start, rows.stop)[:, None] + 0.5) * step - 0.5
-    x = (np.arange(cols.start, cols.stop)[None, :] + 0.5) * step - 0.5
-    masks = []
-    for (a, b, c), (d, e, f) in alignment.matrices:
-        x_in, y_in = a * x + b * y + c, d * x + e * y + f
-        masks.append(
-            (x_in >= -0.5) & (x_in <= alignment.width - 0.5) & (y_in >= -0.5) & (y_in <= alignment.height - 0.5)
-        )
-    return np.stack(masks)
-
-
-def _estimate_tiled(
-    stack: FocalStack,
-    alignment: Alignment,
-    estimator: _Estimator,
-    step: int,
-    tile_px: int,
-    progress: Report,
-) -> tuple[_Fields, _Fields | None]:
-    height, width = stack.height // step, stack.width // step
-    fields = _Fields.empty(height, width)
-    baseline = _Fields.empty(height, width) if estimator.compare else None
-    middle = _middle(height), _middle(width)
-    estimator.look_at(_read_tile(stack, alignment, *middle, step), _seen(alignment, *middle, step))
-    tiles = list(_tiles(height, width, tile_px))
-    for done, (rows, cols, outer_rows, outer_cols) in enumerate(tiles):
-        progress("estimating depth", 0.1 + 0.6 * done / len(tiles))
-        frames = _read_tile(stack, alignment, outer_rows, outer_cols, step)
-        seen = _seen(alignment, outer_rows, outer_cols, step)
-        estimate, beside = estimator(frames, seen)
-        everywhere = torch.from_numpy(seen.all(0)).to(estimate.confidence.device)
-        core = _inside(rows, outer_rows), _inside(cols, outer_cols)
-        fields.put(rows, cols, _less_sure(estimate, everywhere), core)
-        if baseline is not None and beside is not None:
-            baseline.put(rows, cols, _less_sure(beside, everywhere), core)
-    return fields, baseline
+def _aligned(stack: FocalStack, alignment: Alignment) -> FrameReader:
+    return lambda i, rows, cols: alignment.apply_tile(stack.linear, i, rows, cols)
 
 
 def _middle(length: int) -> slice:
@@ -382,13 +324,99 @@ def _middle(length: int) -> slice:
     return slice(start, min(length, start + PHOTOMETRY_PX))
 
 
+class _Tile(NamedTuple):
+    """A part of a picture, `core`, and the same with its surroundings, `outer`: rows and columns of each."""
+
+    core: tuple[slice, slice]
+    outer: tuple[slice, slice]
+
+    @property
+    def inside(self) -> tuple[slice, slice]:
+        """The core within the outer part."""
+        rows, cols = (slice(c.start - o.start, c.stop - o.start) for c, o in zip(self.core, self.outer, strict=True))
+        return rows, cols
+
+
+def _tiles(height: int, width: int, tile_px: int, halo_px: int) -> list[_Tile]:
+    """Tiles whose cores cover the picture; a single one if it is hardly larger than a tile."""
+    return [
+        _Tile((rows, cols), (outer_rows, outer_cols))
+        for rows, outer_rows in _spans(height, tile_px, halo_px)
+        for cols, outer_cols in _spans(width, tile_px, halo_px)
+    ]
+
+
+def _spans(length: int, tile_px: int, halo_px: int) -> list[tuple[slice, slice]]:
+    count = max(1, int(np.ceil(length / tile_px))) if length > tile_px + 2 * halo_px else 1
+    starts = (np.arange(count) * length / count).astype(int) // GRID_PX * GRID_PX
+    ends = [*starts[1:].tolist(), length]
+    return [
+        (slice(a, b), slice(max(0, a - halo_px), min(length, b + halo_px)))
+        for a, b in zip(starts.tolist(), ends, strict=True)
+    ]
+
+
+def _estimate_tiled(picture: _Picture, method: Method, refine_steps: int, tile_px: int, progress: Report) -> _Fields:
+    height, width = picture.height, picture.width
+    fields = _Fields.empty(height, width)
+    tiles = _tiles(height, width, tile_px, method.halo_px)
+    gathered = None
+    if len(tiles) > 1 and method.hypotheses:
+        gathered = _Gathered(picture, method, tile_px, progress)
+    for done, tile in enumerate(tiles):
+        progress("estimating depth", 0.4 + 0.3 * done / len(tiles))
+        frames, seen = picture.read(*tile.outer)
+        estimate = method.estimate(frames, seen, None if gathered is None else gathered.evidence(*tile.outer))
+        if refine_steps:
+            from reconstruct.refine import refine
+
+            settings = method.focus_dpt, method.kappa
+            estimate = refine(frames, *settings, estimate, steps=refine_steps, valid=seen)
+        fields.put(tile, _less_sure(estimate, seen.all(0)))
+    return fields
+
+
+class _Gathered:
+    """Evidence for the whole picture, compared tile by tile and smoothed as one."""
+
+    def __init__(self, picture: _Picture, method: Method, tile_px: int, progress: Report) -> None:
+        self.shrink, self.device = method.shrink, picture.device
+        self.length = [-(-n // method.multiple) * method.multiple for n in (picture.height, picture.width)]
+        self.end = picture.height, picture.width
+        size = [n // method.shrink for n in self.length]
+        cost, total = (picture.scratch.empty((method.hypotheses, *size)) for _ in range(2))
+        guide = np.empty(size, np.float32)
+        tiles = _tiles(picture.height, picture.width, tile_px, BLUR_HALO_PX)
+        for done, tile in enumerate(tiles):
+            progress("comparing frames", 0.1 + 0.2 * done / len(tiles))
+            found, edges = method.compare(*picture.read(*tile.outer))
+            core = self._shrunk(*tile.core)
+            inside = tuple(
+                slice(c.start - o.start, c.stop - o.start) for c, o in zip(core, self._shrunk(*tile.outer), strict=True)
+            )
+            cost[:, core[0], core[1]] = found[:, inside[0], inside[1]].cpu().numpy()
+            guide[core] = edges[inside].cpu().numpy()
+        progress("smoothing", 0.3)
+        self.cost, self.total = torch.from_numpy(cost), torch.from_numpy(total)
+        method.smooth(self.cost, torch.from_numpy(guide), self.total, picture.device)
+
+    def _shrunk(self, rows: slice, cols: slice) -> tuple[slice, slice]:
+        """A region of the picture in the evidence; what touches the picture's end reaches to the end of the padding."""
+        found = []
+        for part, end, length in zip((rows, cols), self.end, self.length, strict=True):
+            stop = length if part.stop == end else part.stop
+            found.append(slice(part.start // self.shrink, stop // self.shrink))
+        return found[0], found[1]
+
+    def evidence(self, rows: slice, cols: slice) -> Evidence:
+        """What belongs to a region of the picture."""
+        part = (slice(None), *self._shrunk(rows, cols))
+        return Evidence(self.cost[part].to(self.device), self.total[part].to(self.device))
+
+
 def _less_sure(estimate: Estimate, everywhere: Tensor) -> Estimate:
     """`estimate` with half the confidence where some frame saw nothing."""
     return estimate._replace(confidence=torch.where(everywhere, estimate.confidence, 0.5 * estimate.confidence))
-
-
-def _inside(core: slice, outer: slice) -> slice:
-    return slice(core.start - outer.start, core.stop - outer.start)
 
 
 def _carry_up(
@@ -405,22 +433,24 @@ def _carry_up(
     """Working-scale maps at full size: depth follows the edges of the sharp image, which is fused at full size."""
     height, width = stack.height, stack.width
     fields = _Fields.empty(height, width)
-    tiles = list(_tiles(height, width, tile_px))
+    radius = 2 * step
+    tiles = _tiles(height, width, tile_px, FUSE_HALO_PX + 2 * radius)
     focus, gain = (torch.as_tensor(v, dtype=torch.float32, device=device) for v in (focus_dpt, kappa))
-    for done, (rows, cols, outer_rows, outer_cols) in enumerate(tiles):
+    picture = _Picture(stack, alignment, 1, device, memory.Scratch(0))
+    noise = channel_noise_variance(filled_frames(*picture.read(_middle(height), _middle(width)))[0])
+    for done, tile in enumerate(tiles):
         progress("full size", 0.7 + 0.3 * done / len(tiles))
-        frames = _read_tile(stack, alignment, outer_rows, outer_cols, 1)
-        tensor = torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous().to(device)
-        rough = [_enlarged(m, step, outer_rows, outer_cols) for m in (small.inverse_depth_dpt, small.std_dpt)]
-        seen = torch.from_numpy(_seen(alignment, outer_rows, outer_cols, 1)).to(device)
-        sharp = fuse(tensor, focus, gain, *(torch.from_numpy(m).to(device) for m in rough), valid=seen)
-        guide = cv2.cvtColor(np.sqrt(sharp.permute(1, 2, 0).cpu().numpy()), cv2.COLOR_RGB2GRAY)
-        depth = guided_filter(guide, rough[0], radius=2 * step, epsilon=1e-4)
-        core = _inside(rows, outer_rows), _inside(cols, outer_cols)
-        fields.inverse_depth_dpt[rows, cols] = depth[core]
-        fields.std_dpt[rows, cols] = rough[1][core]
-        fields.confidence[rows, cols] = _enlarged(small.confidence, step, outer_rows, outer_cols)[core]
-        fields.aif[rows, cols] = sharp.permute(1, 2, 0).cpu().numpy()[core]
+        frames, seen = picture.read(*tile.outer)
+        depth, std, confidence = (
+            _enlarged(m, step, *tile.outer) for m in (small.inverse_depth_dpt, small.std_dpt, small.confidence)
+        )
+        rough = (torch.from_numpy(m).to(device) for m in (depth, std))
+        sharp = fuse(frames, focus, gain, *rough, valid=seen, noise=noise).permute(1, 2, 0).cpu().numpy()
+        guide = cv2.cvtColor(np.sqrt(sharp), cv2.COLOR_RGB2GRAY)
+        fields.inverse_depth_dpt[tile.core] = guided_filter(guide, depth, radius, epsilon=1e-4)[tile.inside]
+        fields.std_dpt[tile.core] = std[tile.inside]
+        fields.confidence[tile.core] = confidence[tile.inside]
+        fields.aif[tile.core] = sharp[tile.inside]
     return fields
 
 

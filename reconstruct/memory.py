@@ -6,12 +6,17 @@ The bytes per pixel of plane sweep and network are the growth of peak resident m
 
 from __future__ import annotations
 
+import math
+import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
+from numpy.typing import NDArray
 
 from capture.errors import NoSpaceError
 
@@ -20,6 +25,7 @@ SWEEP_BYTES = (470, 175)
 NETWORK_BYTES = (650, 200)
 REFINE_BYTES = (2500, 350)
 OUTPUT_BYTES_PER_PX = 45  # depth, spread, confidence, sharp image, and what writing and the report add
+EVIDENCE_BYTES_SWEEP, EVIDENCE_BYTES_NETWORK = 2 * 32 * 4, 2 * 32 * 4 // 4  # per working pixel of a tiled picture
 FIXED_BYTES = 200_000_000
 USABLE = 0.85  # share of the free memory that may be planned for
 
@@ -33,6 +39,9 @@ class MemoryPlan:
         smaller_px: cores to fall back to, largest first.
         needed_bytes: peak memory beyond what the process already holds.
         free_bytes: what is free now, for this process.
+        where: which memory these two are about.
+        scratch_bytes: of `needed_bytes`, for what belongs to the whole picture.
+        file_bytes: of that, what has to go to a temporary file instead.
     """
 
     tile_px: int
@@ -40,12 +49,40 @@ class MemoryPlan:
     needed_bytes: int
     free_bytes: int
     where: str
+    scratch_bytes: int
+    file_bytes: int
 
     def __str__(self) -> str:
+        file = f", and {self.file_bytes / 1e9:.1f} GB in {tempfile.gettempdir()}" if self.file_bytes else ""
         return (
             f"memory: tiles of {self.tile_px} px, about {self.needed_bytes / 1e9:.1f} GB of "
-            f"{self.free_bytes / 1e9:.1f} GB free {self.where}"
+            f"{self.free_bytes / 1e9:.1f} GB free {self.where}{file}"
         )
+
+
+class Scratch:
+    """Large arrays of one stack: in memory up to `limit_bytes`, beyond it in files that disappear with the arrays."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.left = limit_bytes
+
+    def empty(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """An array of unknown content; NoSpaceError if the disk is full."""
+        size = 4 * math.prod(shape)
+        if size <= self.left:
+            self.left -= size
+            return np.empty(shape, np.float32)
+        try:
+            with tempfile.TemporaryFile(prefix="daif-") as file:  # the mapping outlives it
+                os.ftruncate(file.fileno(), size)
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error now, not a crash later
+                return np.memmap(file, np.float32, "r+", shape=shape)
+        except OSError as error:
+            raise NoSpaceError(
+                f"{tempfile.gettempdir()} has no room for {size / 1e9:.1f} GB of intermediate results "
+                f"({error.strerror}); free some, or set TMPDIR to another disk"
+            ) from None
 
 
 def plan(
@@ -53,6 +90,7 @@ def plan(
     width: int,
     n_frames: int,
     *,
+    step: int,
     tile_px: int,
     halo_px: int,
     network: bool = False,
@@ -63,7 +101,8 @@ def plan(
     """The largest tile, `tile_px` or a half or a quarter of it, with which a stack of this size fits.
 
     Args:
-        device: where tiles are computed; the outputs are always in the machine's own memory.
+        step: factor by which frames are reduced to the working scale.
+        device: where tiles are computed; what belongs to the whole picture is always in the machine's own memory.
         share: part of the machine's memory that this process may count on, 1 / workers.
 
     Raises NoSpaceError, naming both sizes, if the smallest tile does not fit.
@@ -72,16 +111,24 @@ def plan(
     if refine:
         per_px, per_frame = max(per_px, REFINE_BYTES[0]), max(per_frame, REFINE_BYTES[1])
     outputs = height * width * OUTPUT_BYTES_PER_PX + FIXED_BYTES
+    small = height // step, width // step
+    kept = 12 * n_frames * math.prod(small) if step > 1 else 0
+    if max(small) > tile_px + 2 * halo_px:
+        kept += (EVIDENCE_BYTES_NETWORK if network else EVIDENCE_BYTES_SWEEP) * math.prod(small)
     free = int(min(free_bytes(), share * limit_bytes()))
     on_gpu = device is not None and device.type == "cuda"
-    free_for_tiles = torch.cuda.mem_get_info(device)[0] if on_gpu else free - outputs
     sides = [side for side in (tile_px, tile_px // 2, tile_px // 4) if side > 0]
     for i, side in enumerate(sides):
-        tile = min(height, side + 2 * halo_px) * min(width, side + 2 * halo_px) * (per_px + per_frame * n_frames)
-        if outputs < USABLE * free and tile < USABLE * free_for_tiles:
-            needed = tile if on_gpu else outputs + tile
-            where = f"on {device}" if on_gpu else "in RAM"
-            return MemoryPlan(side, tuple(sides[i + 1 :]), needed, free_for_tiles if on_gpu else free, where)
+        tile = (per_px + per_frame * n_frames) * math.prod(min(n, side + 2 * halo_px) for n in small)
+        if on_gpu and tile > USABLE * torch.cuda.mem_get_info(device)[0]:
+            continue
+        ram_tile = 0 if on_gpu else tile
+        beside = outputs if step == 1 else FIXED_BYTES  # reduced maps are kept, full-size ones made later
+        for scratch in (kept, 0):
+            needed = max(outputs, beside + scratch) + ram_tile
+            if needed < USABLE * free:
+                where = f"in RAM, {tile / 1e9:.1f} GB on {device}" if on_gpu else "in RAM"
+                return MemoryPlan(side, tuple(sides[i + 1 :]), needed, free, where, scratch, kept - scratch)
     raise NoSpaceError(
         f"{n_frames} frames of {width} x {height} px need about {(outputs + tile) / 1e9:.1f} GB even in the smallest "
         f"tiles and {free / 1e9:.1f} GB are free; close other programs, use fewer --workers, or reduce the frames"

@@ -15,13 +15,13 @@ Letters: B batch, S frames, D hypotheses, (H, W) pixels, (h, w) = (H/2, W/2).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reconstruct.plane_sweep import cost_volume, semi_global
+from reconstruct.plane_sweep import Evidence, Photometry, cost_volume, semi_global
 
 
 class NetworkOutput(NamedTuple):
@@ -70,19 +70,11 @@ def mean_2x2(x: Tensor) -> Tensor:
     return (rows[..., ::2] + rows[..., 1::2]).mul_(0.25)
 
 
-def sweep_evidence(
-    scaled: Tensor, focus_dpt: Tensor, kappa: Tensor, hypotheses_dpt: Tensor, valid: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """What the plane sweep knows: cost of each hypothesis and the same after semi-global smoothing, (B, D, h, w) each.
-
-    `scaled` are frames (B, S, 3, H, W) whose mean is 1. The settings are fixed here, apart from the sweep's own
-    defaults, because trained weights depend on them.
-    """
-    full = cost_volume(scaled, focus_dpt, kappa, hypotheses_dpt, valid=valid, psf="disc", window_px=5)
-    cost = mean_2x2(full)
-    guide = mean_2x2((0.25 * scaled.mean(2)).median(1).values.sqrt())
-    smooth = [semi_global(c, g, small_step=0.2, jump=3.0, edge=8.0) for c, g in zip(cost, guide, strict=True)]
-    return cost, torch.stack(smooth)
+def _scaled(frames: Tensor, context: Photometry | None) -> tuple[Tensor, Tensor, Photometry | None]:
+    """`frames` (B, S, 3, H, W) divided by the mean of their stack; that mean, (B, 1, 1, 1, 1); `context` afterwards."""
+    gain = frames.mean((1, 2, 3, 4)) if context is None else context.brightness.expand(len(frames))
+    gain = gain.clamp_min(1e-4)[:, None, None, None, None]
+    return frames / gain, gain, None if context is None else context.scaled(1 / gain.flatten()[0])
 
 
 # ------------------------------------------------------------------------------------------------- default net
@@ -148,7 +140,8 @@ class DefaultNet(nn.Module):
         focus_dpt: Tensor,
         kappa: Tensor,
         valid: Tensor | None = None,
-        brightness: Tensor | None = None,
+        context: Photometry | None = None,
+        evidence: Evidence | None = None,
     ) -> NetworkOutput:
         """Depth and all-in-focus image of a batch of stacks.
 
@@ -157,7 +150,8 @@ class DefaultNet(nn.Module):
             focus_dpt: focus settings, (B, S).
             kappa: CoC pixels per dioptre, (B, S).
             valid: (B, S, H, W), False where a frame has no data (after alignment); None means everywhere.
-            brightness: mean of the whole stack, (B,) or scalar, when `frames` are a part of it.
+            context: of the picture that `frames` are a tile of; B must be 1.
+            evidence: `sweep_cost` and what smoothing made of it in that picture, (D, h, w) each.
         """
         size_b, size_s, _, height, width = frames.shape
         half = (height // 2, width // 2)
@@ -165,10 +159,12 @@ class DefaultNet(nn.Module):
         coc_px = kappa[:, None, :] * (focus_dpt[:, None, :] - hypotheses.dpt[:, :, None])  # (B, D, S)
 
         with torch.no_grad():
-            gain = frames.mean((1, 2, 3, 4)) if brightness is None else brightness.expand(size_b)
-            gain = gain.clamp_min(1e-4)[:, None, None, None, None]
-            scaled = frames / gain
-            cost, smooth = sweep_evidence(scaled, focus_dpt, kappa, hypotheses.dpt, valid)
+            scaled, gain, _ = _scaled(frames, context)
+            if evidence is None:
+                cost, guides = self.sweep_cost(frames, focus_dpt, kappa, valid, context)
+                smooth = torch.stack([self.smoothed(c, g) for c, g in zip(cost, guides, strict=True)])
+            else:
+                cost, smooth = evidence.cost[None], evidence.total[None]
             least, typical = cost.amin(1, keepdim=True), cost.mean(1, keepdim=True)
             smooth = smooth - smooth.amin(1, keepdim=True)
             base = -smooth / (1.0 + smooth / self.SATURATION)  # (B, D, h, w): a hypothesis is never ruled out
@@ -211,6 +207,29 @@ class DefaultNet(nn.Module):
         aif = self._fuse(frames, inverse_depth, focus_dpt, kappa, _twice(sharpness), valid)
         touch = 0.3 * torch.tanh(F.pixel_shuffle(detail[:, 36:48], 2))
         return NetworkOutput(inverse_depth, std, aif + touch * local * gain[:, 0], logits)
+
+    def sweep_cost(
+        self,
+        frames: Tensor,
+        focus_dpt: Tensor,
+        kappa: Tensor,
+        valid: Tensor | None = None,
+        context: Photometry | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """What the plane sweep knows: cost of each hypothesis (B, D, h, w), and the guide (B, h, w) of `smoothed`.
+
+        Arguments as in `forward`. No pixel depends on what is farther away than the widest blur.
+        """
+        scaled, _, context = _scaled(frames, context)
+        tested = place_hypotheses(focus_dpt, kappa, self.HYPOTHESES).dpt
+        # spelled out, apart from the sweep's own defaults, because trained weights depend on them
+        cost = cost_volume(scaled, focus_dpt, kappa, tested, valid=valid, psf="disc", window_px=5, context=context)
+        return mean_2x2(cost), mean_2x2((0.25 * scaled.mean(2)).median(1).values.sqrt())
+
+    @staticmethod
+    def smoothed(cost: Tensor, guide: Tensor, **where: Any) -> Tensor:
+        """`semi_global` of one stack's `sweep_cost`, (D, h, w), with the settings that trained weights depend on."""
+        return semi_global(cost, guide, small_step=0.2, jump=3.0, edge=8.0, **where)
 
     def _frame_weights(self, coc_px: Tensor, valid: Tensor | None, half: tuple[int, int]) -> Tensor:
         """Weights of the frames at each hypothesis, a function of signed CoC only; (B, D, S, heads[, h, w])."""
@@ -343,7 +362,8 @@ class PaperNet(nn.Module):
         focus_dpt: Tensor,
         kappa: Tensor,
         valid: Tensor | None = None,
-        brightness: Tensor | None = None,
+        context: Photometry | None = None,
+        evidence: Evidence | None = None,
     ) -> NetworkOutput:
         """As `DefaultNet.forward`; the last three are not used, the published network knows no optics."""
         raw = self.raw(frames, 1.0 / focus_dpt.clamp_min(1e-2))

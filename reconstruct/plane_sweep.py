@@ -1,9 +1,10 @@
 """Depth, confidence and all-in-focus image of a focal stack without any training: a sweep over inverse depth.
 
     cost_volume(frames (B, S, 3, H, W), focus_dpt (B, S), kappa (B, S), hypotheses_dpt (N,) or (B, N),
-                *, valid=None (B, S, H, W), psf="disc", window_px=5) -> (B, N, H, W) float32
+                *, valid=None (B, S, H, W), psf="disc", window_px=5, context) -> (B, N, H, W) float32
     hypotheses(focus_dpt (S,), kappa (S,), count, beyond_px=2.0) -> (count,) dioptres, uniform, ascending
-    plane_sweep(frames (S, 3, H, W), focus_dpt (S,), kappa (S,), *, valid=None (S, H, W), config, context) -> Estimate
+    plane_sweep(frames (S, 3, H, W), focus_dpt (S,), kappa (S,), *, valid=None (S, H, W), config, context, evidence)
+        -> Estimate
 
 If a pixel lies at inverse depth q, the blur of every frame there is known: CoC_k = kappa_k (q_k - q). The frame that
 would be sharpest is then blurred to what each other frame should look like; no deconvolution is needed, because
@@ -18,7 +19,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -33,11 +34,14 @@ Psf = Literal["disc", "gaussian"]
 
 LEVEL_RATIO = 1.4  # neighbouring blur levels; a mix of two has the exact second moment in between
 FINEST_LEVEL_PX = 1.0
+RING_PX = 12  # reach of a sharp-edged disc beyond its edge, when sampled at whole pixels
 SHEET_STRENGTH = 30.0  # of the smoothing that carries depth into places without texture; reach of a few px a sweep
 SHEET_EDGE = 60.0  # how fast an image edge cuts it; per unit of the square root of linear light
 SHEET_STEP = 0.5  # how fast a depth step cuts it; per pixel of CoC
 SHEET_MOST_PX = 3.0  # larger depth steps cut no more: without texture they are wild guesses, not edges
 DETAIL_SIGMA_PX = 2.0  # what a Gaussian of this width leaves is compared
+DETAIL_NOISE_SHARE = 1 - 3 / (4 * math.pi * DETAIL_SIGMA_PX**2)  # of white noise's variance in that
+CPU_STRIP, GPU_STRIP = 1 << 22, 1 << 27  # values smoothed at once
 
 
 @dataclass(frozen=True)
@@ -70,11 +74,30 @@ class Photometry(NamedTuple):
         exposure: factor per frame that brings all to one exposure, (S,).
         luma_noise: variance of the pixel noise of the mean of the channels, after that factor; a scalar.
         noise: variance of the pixel noise of one channel, a scalar.
+        brightness: mean of all frames, a scalar.
     """
 
     exposure: Tensor
     luma_noise: Tensor
     noise: Tensor
+    brightness: Tensor
+
+    def scaled(self, factor: Tensor) -> Photometry:
+        """The same for frames multiplied by `factor`, a scalar."""
+        square = factor.square()
+        return Photometry(self.exposure, self.luma_noise * square, self.noise * square, self.brightness * factor)
+
+
+class Evidence(NamedTuple):
+    """What the frames say of every hypothesis.
+
+    Attributes:
+        cost: from `cost_volume`, (N, H, W).
+        total: the same smoothed by `semi_global`, which hears the whole picture; (N, H, W).
+    """
+
+    cost: Tensor
+    total: Tensor
 
 
 def photometry(frames: Tensor, valid: Tensor | None = None) -> Photometry:
@@ -82,7 +105,7 @@ def photometry(frames: Tensor, valid: Tensor | None = None) -> Photometry:
     luma, _ = filled_luma(frames, valid)
     exposure = relative_exposure(luma)
     noise = channel_noise_variance(filled_frames(frames, valid)[0])
-    return Photometry(exposure, noise_variance(luma * exposure[:, None, None]), noise)
+    return Photometry(exposure, noise_variance(luma * exposure[:, None, None]), noise, torch.nan_to_num(frames).mean())
 
 
 def plane_sweep(
@@ -93,22 +116,21 @@ def plane_sweep(
     valid: Tensor | None = None,
     config: SweepConfig | None = None,
     context: Photometry | None = None,
+    evidence: Evidence | None = None,
 ) -> Estimate:
     """Depth, its spread and the all-in-focus image of one stack; see `cost_volume` for the arguments without B.
 
-    frames (S, 3, H, W), focus_dpt and kappa (S,), valid (S, H, W); `context` where the frames are a tile of a larger
-    picture, which has its own exposure and noise. Memory: 1.2 GB a megapixel (measured, 5
-    frames, 32 hypotheses), growing with both numbers; larger images are cut into tiles (`reconstruct/infer.py`).
+    frames (S, 3, H, W), focus_dpt and kappa (S,), valid (S, H, W); `context` and `evidence` where the frames are a
+    tile of a larger picture (`reconstruct/infer.py`), which has its own exposure and noise, and is smoothed as one.
+    Memory: `reconstruct/memory.py`.
     """
     config = config or SweepConfig()
     tested = hypotheses(focus_dpt, kappa, config.hypotheses, config.beyond_px).to(frames.device)
     context = context or photometry(frames, valid)
-    luma, mask = filled_luma(frames, valid)
-    luma = luma * context.exposure[:, None, None]
-    holes = None if bool(mask.all()) else mask
-    cost = _stack_cost(luma, holes, context.luma_noise, focus_dpt, kappa, tested, config.psf, config.window_px)
-    guide = torch.nan_to_num(frames).clamp_min(0).mean(1).median(0).values.sqrt()
-    total = semi_global(cost, guide, config.small_step, config.jump, config.edge)
+    if evidence is None:
+        cost, guide = sweep_cost(frames, focus_dpt, kappa, valid, config, context)
+        evidence = Evidence(cost, smoothed(cost, guide, config))
+    cost, total = evidence
     px_per_dpt = kappa.mean()
     found = peak(total, tested)
     rough_error_px = expected_error_px(
@@ -125,16 +147,64 @@ def plane_sweep(
     return Estimate(inverse_depth, std, confidence, aif)
 
 
-def semi_global(cost: Tensor, guide: Tensor, small_step: float, jump: float, edge: float) -> Tensor:
+def sweep_cost(
+    frames: Tensor,
+    focus_dpt: Tensor,
+    kappa: Tensor,
+    valid: Tensor | None,
+    config: SweepConfig,
+    context: Photometry | None,
+) -> tuple[Tensor, Tensor]:
+    """What `plane_sweep` smooths: cost (N, H, W), and the image (H, W) whose edges it heeds. No pixel of either
+    depends on what is farther away than the widest blur."""
+    tested = hypotheses(focus_dpt, kappa, config.hypotheses, config.beyond_px).to(frames.device)
+    own = (frames[None], focus_dpt[None], kappa[None])
+    seen = None if valid is None else valid[None]
+    cost = cost_volume(*own, tested, valid=seen, psf=config.psf, window_px=config.window_px, context=context)[0]
+    return cost, torch.nan_to_num(frames).clamp_min(0).mean(1).median(0).values.sqrt()
+
+
+def smoothed(cost: Tensor, guide: Tensor, config: SweepConfig, **where: Any) -> Tensor:
+    """`semi_global` as `config` has it."""
+    return semi_global(cost, guide, config.small_step, config.jump, config.edge, **where)
+
+
+def semi_global(
+    cost: Tensor,
+    guide: Tensor,
+    small_step: float,
+    jump: float,
+    edge: float,
+    *,
+    out: Tensor | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
     """Cost volume (N, H, W) with each pixel's neighbours' opinion added along four directions (Hirschmueller 2008).
 
-    `guide` (H, W) is an image whose edges make depth jumps cheap.
+    Columns know nothing of one another on the way down, nor rows on the way across: strips of the volume go to
+    `device` in turn, so that next to nothing beyond `cost` and the result, `out`, is held.
+
+    Args:
+        guide: image (H, W) whose edges make depth jumps cheap.
+        small_step, jump, edge: see `SweepConfig`.
     """
-    price_down = small_step + jump * torch.exp(-edge * _step(guide, 0))
-    price_right = small_step + jump * torch.exp(-edge * _step(guide, 1))
-    down = _both_ways(cost.permute(1, 0, 2).contiguous(), price_down, small_step)
-    right = _both_ways(cost.permute(2, 0, 1).contiguous(), price_right.T.contiguous(), small_step)
-    return (down.permute(1, 0, 2) + right.permute(1, 2, 0)) / 4
+    device = device or cost.device
+    total = torch.empty_like(cost) if out is None else out
+    guide = guide.to(device)
+    down = small_step + jump * torch.exp(-edge * _step(guide, 0))
+    right = small_step + jump * torch.exp(-edge * _step(guide, 1))
+    count, height, width = cost.shape
+    at_once = CPU_STRIP if device.type == "cpu" else GPU_STRIP
+    for cols in torch.arange(width).split(max(1, at_once // (count * height))):
+        part = slice(int(cols[0]), int(cols[-1]) + 1)
+        lines = cost[:, :, part].to(device).permute(1, 0, 2).contiguous()
+        total[:, :, part] = _both_ways(lines, down[:, part], small_step).permute(1, 0, 2)
+    for rows in torch.arange(height).split(max(1, at_once // (count * width))):
+        part = slice(int(rows[0]), int(rows[-1]) + 1)
+        lines = cost[:, part].to(device).permute(2, 0, 1).contiguous()
+        across = _both_ways(lines, right[part].T.contiguous(), small_step).permute(1, 2, 0)
+        total[:, part] = (total[:, part].to(device) + across) / 4
+    return total
 
 
 def _step(guide: Tensor, dim: int) -> Tensor:
@@ -242,6 +312,7 @@ def cost_volume(
     valid: Tensor | None = None,
     psf: Psf = "disc",
     window_px: int = 5,
+    context: Photometry | None = None,
 ) -> Tensor:
     """How badly each inverse depth explains the frames, (B, N, H, W) float32, 0 where noise explains the rest.
 
@@ -257,6 +328,7 @@ def cost_volume(
         valid: pixels that hold data, (B, S, H, W) bool; None when all do.
         psf: shape of the blur.
         window_px: side of the square over which differences are averaged; odd.
+        context: of the picture that `frames` are a tile of.
     """
     if frames.ndim != 5 or frames.shape[1] < 2 or frames.shape[2] != 3:
         raise ValueError(f"frames must be (B, S >= 2, 3, H, W), got {tuple(frames.shape)}")
@@ -264,10 +336,11 @@ def cost_volume(
     for b in range(frames.shape[0]):
         tested = hypotheses_dpt if hypotheses_dpt.ndim == 1 else hypotheses_dpt[b]
         luma, mask = filled_luma(frames[b], None if valid is None else valid[b])
-        luma = luma * relative_exposure(luma)[:, None, None]
-        cost = _stack_cost(luma, mask, noise_variance(luma), focus_dpt[b], kappa[b], tested, psf, window_px)
-        volumes.append(cost)
-    return torch.stack(volumes)
+        luma = luma * (relative_exposure(luma) if context is None else context.exposure)[:, None, None]
+        noise = noise_variance(luma) if context is None else context.luma_noise
+        holes = None if bool(mask.all()) else mask
+        volumes.append(_stack_cost(luma, holes, noise, focus_dpt[b], kappa[b], tested, psf, window_px))
+    return volumes[0][None] if len(volumes) == 1 else torch.stack(volumes)
 
 
 def filled_luma(frames: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -301,10 +374,7 @@ def relative_exposure(luma: Tensor) -> Tensor:
 
 
 class BlurLevels:
-    """The detail in the frames of one stack, blurred by a ladder of discs; each made when asked for and kept.
-
-    `noise_share` is the part of white noise's variance that counts as detail.
-    """
+    """The detail in the frames of one stack, blurred by a ladder of discs; each made when asked for and kept."""
 
     def __init__(self, luma: Tensor, largest_px: float, psf: Psf) -> None:
         self.luma = luma
@@ -312,7 +382,7 @@ class BlurLevels:
         while self.diameters_px[-1] < largest_px:
             self.diameters_px.append(self.diameters_px[-1] * LEVEL_RATIO)
         height, width = luma.shape[1:]
-        pad = math.ceil(largest_px / 2) + 4
+        pad = math.ceil(self.diameters_px[-1] / 2) + RING_PX
         self._rows = mirrored(height, pad, _fast_length(height + 2 * pad), luma.device)
         self._cols = mirrored(width, pad, _fast_length(width + 2 * pad), luma.device)
         self._pad, self._psf = pad, psf
@@ -320,7 +390,6 @@ class BlurLevels:
         self._size = (padded.shape[1], padded.shape[2])
         detail = 1 - _transfer(*self._size, 4 * DETAIL_SIGMA_PX, "gaussian", str(luma.device))
         self._spectra = torch.fft.rfft2(padded) * detail
-        self.noise_share = detail.square().mean()
         self._levels: dict[tuple[int, int], Tensor] = {}
 
     def level(self, frame: int, index: int) -> Tensor:
@@ -358,12 +427,31 @@ def _fast_length(length: int) -> int:
 
 @lru_cache(maxsize=64)
 def _transfer(height: int, width: int, diameter_px: float, psf: Psf, device: str) -> Tensor:
-    """Transfer function of a blur of `diameter_px` on an rfft2 grid: 2 J1(x) / x for a disc."""
-    frequency = torch.hypot(torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None])
+    """Transfer function of a blur of `diameter_px` on an rfft2 grid.
+
+    A disc's, 2 J1(x) / x, would ring on for ever on a grid of pixels, each size of picture in its own way. The rings
+    end RING_PX beyond the disc, so that what is far away changes nothing.
+    """
     if psf == "gaussian":
-        return torch.exp(-2 * (math.pi * frequency * diameter_px / 4) ** 2).to(device)
-    x = frequency * diameter_px * math.pi
-    return torch.where(x > 1e-3, 2 * torch.special.bessel_j1(x) / x.clamp_min(1e-3), 1.0).to(device)
+        return torch.exp(-2 * (math.pi * _frequency(height, width) * diameter_px / 4) ** 2).to(device)
+    reach = math.ceil(diameter_px / 2) + RING_PX
+    size = _fast_length(4 * reach)
+    x = _frequency(size, size) * diameter_px * math.pi
+    disc = torch.fft.irfft2(
+        torch.where(x > 1e-3, 2 * torch.special.bessel_j1(x) / x.clamp_min(1e-3), 1.0), s=(size, size)
+    )
+    offset = torch.arange(-reach, reach + 1)
+    radius = torch.hypot(offset[:, None].float(), offset[None].float())
+    fade = ((reach - radius) / (RING_PX - 1)).clamp(0, 1)
+    kernel = disc[offset % size][:, offset % size] * (0.5 - 0.5 * torch.cos(math.pi * fade))
+    grid = torch.zeros(height, width)
+    grid[(offset % height)[:, None], (offset % width)[None]] = kernel / kernel.sum()
+    return torch.fft.rfft2(grid).real.contiguous().to(device)
+
+
+def _frequency(height: int, width: int) -> Tensor:
+    """Cycles a pixel on an rfft2 grid."""
+    return torch.hypot(torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None])
 
 
 def _stack_cost(
@@ -380,7 +468,7 @@ def _stack_cost(
     focus, gain, tested = (x.detach().cpu().double().numpy() for x in (focus_dpt, kappa, tested_dpt))
     coc_px = np.abs(gain[:, None] * (focus[:, None] - tested[None]))  # (S, N)
     levels = BlurLevels(luma, float(coc_px.max()), psf)
-    noise = noise * levels.noise_share
+    noise = noise * DETAIL_NOISE_SHARE
     n_frames = len(focus)
     cost = torch.empty((len(tested), *luma.shape[1:]), device=luma.device)
     for n in range(len(tested)):

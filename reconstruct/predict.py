@@ -1,4 +1,4 @@
-"""A trained network applied to one stack: any size, tiled when large, with calibrated spread.
+"""A trained network applied to one stack of any size, with calibrated spread.
 
 model = load_network("default", pick_device("auto"))
 estimate = predict(model, frames, focus_dpt, kappa)
@@ -6,7 +6,6 @@ estimate = predict(model, frames, focus_dpt, kappa)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,10 @@ from capture.errors import DataError
 from reconstruct.checkpoint import DEFAULT_WEIGHTS, load_weights
 from reconstruct.estimate import Estimate
 from reconstruct.fusion import fuse
-from reconstruct.network import DefaultNet, NetworkOutput, PaperNet, build
-from reconstruct.plane_sweep import expected_error_px
+from reconstruct.network import DefaultNet, PaperNet, build
+from reconstruct.plane_sweep import Evidence, Photometry, expected_error_px
 
 MULTIPLE = 16  # both networks halve the image four times at most
-TILE_PX = 1024  # side of a tile's core
-HALO_PX = 128  # what the network sees around a pixel: its own reach and the widest blur
 
 
 @dataclass(frozen=True)
@@ -87,7 +84,8 @@ def predict(
     valid: Tensor | None = None,
     *,
     metric: bool = True,
-    tile_px: int = TILE_PX,
+    context: Photometry | None = None,
+    evidence: Evidence | None = None,
 ) -> Estimate:
     """What the network makes of one stack.
 
@@ -101,27 +99,23 @@ def predict(
         kappa: CoC pixels per dioptre, (S,).
         valid: (S, H, W), False where a frame has no data; None means everywhere.
         metric: whether `focus_dpt` are dioptres.
-        tile_px: cores of larger images are predicted one by one, each with a halo.
+        context, evidence: where `frames` are a tile of a larger picture (`reconstruct/infer.py`).
     """
     height, width = frames.shape[-2:]
     frames = torch.nan_to_num(frames)
-    if valid is not None and bool(valid.all()):
-        valid = None
-    brightness = frames.mean()
-    out = frames.new_empty(5, height, width)
-    for core, outer, inside in _tiles(height, width, tile_px):
-        part = frames[:, :, outer[0], outer[1]]
-        seen = None if valid is None else valid[:, outer[0], outer[1]]
-        output = _padded(model.net, part, focus_dpt, kappa, seen, brightness)
-        depth, std, aif = output.inverse_depth_dpt[0, 0], output.std_dpt[0, 0], output.aif[0]
-        if model.preset == "default":
-            spread_px = combined_spread_px(depth, std, focus_dpt, kappa)
-            std = torch.hypot(model.std_gain * spread_px, spread_px.new_tensor(model.std_floor_px)) / kappa.mean()
-            aif = fuse(part, focus_dpt, kappa, depth, std, valid=seen)
-        out[:, core[0], core[1]] = torch.cat([depth[None], std[None], aif])[:, inside[0], inside[1]]
-    confidence = torch.nan_to_num(1.0 / (1.0 + out[1] * kappa.mean()))  # no spread, no confidence
-    inverse_depth = out[0].clamp_min(0.0) if metric else out[0]
-    return Estimate(inverse_depth, out[1], confidence, out[2:].clamp_min(0.0), metric)
+    valid = frames.new_ones(frames[:, 0].shape, dtype=torch.bool) if valid is None else valid
+    larger, seen = padded(frames, valid)
+    partly = None if bool(valid.all()) else seen[None]
+    output = model.net(larger[None], focus_dpt[None], kappa[None], partly, context, evidence)
+    depth, std, aif = (x[0, :, :height, :width] for x in (output.inverse_depth_dpt, output.std_dpt, output.aif))
+    depth, std = depth[0], std[0]
+    if model.preset == "default":
+        spread_px = combined_spread_px(depth, std, focus_dpt, kappa)
+        std = torch.hypot(model.std_gain * spread_px, spread_px.new_tensor(model.std_floor_px)) / kappa.mean()
+        noise = None if context is None else context.noise
+        aif = fuse(frames, focus_dpt, kappa, depth, std, valid=valid, noise=noise)
+    confidence = torch.nan_to_num(1.0 / (1.0 + std * kappa.mean()))  # no spread, no confidence
+    return Estimate(depth.clamp_min(0.0) if metric else depth, std, confidence, aif.clamp_min(0.0), metric)
 
 
 def combined_spread_px(depth_dpt: Tensor, std_dpt: Tensor, focus_dpt: Tensor, kappa: Tensor) -> Tensor:
@@ -136,51 +130,16 @@ def combined_spread_px(depth_dpt: Tensor, std_dpt: Tensor, focus_dpt: Tensor, ka
     return (signs * std_dpt * px_per_dpt).sqrt()
 
 
-def _padded(
-    net: DefaultNet | PaperNet,
-    frames: Tensor,
-    focus_dpt: Tensor,
-    kappa: Tensor,
-    valid: Tensor | None,
-    brightness: Tensor,
-) -> NetworkOutput:
-    """The network's output for (S, 3, H, W) of any size: padded to a multiple of 16 by mirroring, cropped back."""
-    height, width = frames.shape[-2:]
-    rows = _mirrored(height, -(-height // MULTIPLE) * MULTIPLE, frames.device)
-    cols = _mirrored(width, -(-width // MULTIPLE) * MULTIPLE, frames.device)
-    frames = frames.index_select(-2, rows).index_select(-1, cols)
-    if valid is not None:
-        valid = valid.index_select(-2, rows).index_select(-1, cols)[None]
-    output = net(frames[None], focus_dpt[None], kappa[None], valid, brightness)
-    cropped = (x[..., :height, :width] for x in (output.inverse_depth_dpt, output.std_dpt, output.aif))
-    return NetworkOutput(*cropped)
+def padded(frames: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """`frames` (S, 3, H, W) and `valid` (S, H, W) mirrored at the lower and right edge up to multiples of 16."""
+    rows, cols = (_mirrored(length, frames.device) for length in frames.shape[-2:])
+    return tuple(x.index_select(-2, rows).index_select(-1, cols) for x in (frames, valid))  # type: ignore[return-value]
 
 
-def _mirrored(length: int, padded: int, device: torch.device) -> Tensor:
-    """Indices 0, 1, ... length - 1, length - 2, ... of a mirrored axis, (padded,)."""
-    index = torch.arange(padded, device=device)
+def _mirrored(length: int, device: torch.device) -> Tensor:
+    """Indices 0, 1, ... length - 1, length - 2, ... up to a multiple of 16."""
+    index = torch.arange(-(-length // MULTIPLE) * MULTIPLE, device=device)
     if length == 1:
         return index * 0
     period = 2 * (length - 1)
     return (index % period).minimum(period - index % period)
-
-
-Window = tuple[slice, slice]
-
-
-def _tiles(height: int, width: int, tile_px: int) -> Iterator[tuple[Window, Window, Window]]:
-    """(core, core with halo, core within the latter) of every tile; one tile if the image is small."""
-    for rows in _spans(height, tile_px):
-        for cols in _spans(width, tile_px):
-            yield (rows[0], cols[0]), (rows[1], cols[1]), (rows[2], cols[2])
-
-
-def _spans(length: int, tile_px: int) -> list[tuple[slice, slice, slice]]:
-    if length <= tile_px + 2 * HALO_PX:
-        return [(slice(0, length),) * 3]
-    spans = []
-    for start in range(0, length, tile_px):
-        stop = min(start + tile_px, length)
-        low = max(0, start - HALO_PX) // MULTIPLE * MULTIPLE  # the same grid of halved pixels as untiled
-        spans.append((slice(start, stop), slice(low, min(length, stop + HALO_PX)), slice(start - low, stop - low)))
-    return spans

@@ -244,7 +244,7 @@ def test_profile_scales_give_matrices_kappa_factor_and_crop():
     mask = alignment.valid_mask()
     assert mask[rows, cols].all()
     assert mask.sum() == mask[rows, cols].size  # without rotation the valid part is that rectangle
-    assert alignment.valid_mask(50, 100).shape == (50, 100)
+    assert alignment.seen(slice(0, 50), slice(0, 100), 2).shape == (3, 50, 100)
 
 
 def test_warping_divides_the_blur_disc_by_the_scale():

@@ -6,9 +6,11 @@ import skimage.data
 
 from capture.errors import DataError, UsageError
 from capture.optics import Condition
+from capture.scenes import procedural_scene
 from capture.stack import FocalStack, write_stack
 from reconstruct import infer
 from reconstruct.infer import Settings, reconstruct
+from reconstruct.methods import METHODS
 from tests.reconstruct.small_stack import FOCUS_DPT, LENS, small_scene, write_small_stack
 
 CPU = Settings(method="plane-sweep", device="cpu")
@@ -33,13 +35,20 @@ def test_depth_in_metres_and_a_sharp_picture(stack_file):
     assert answer.record["optics"]["source"] == "thin lens"
 
 
-def test_tiles_leave_no_trace(stack_file, monkeypatch):
-    with FocalStack.open(stack_file) as stack:
-        whole = reconstruct(stack, CPU)
-        monkeypatch.setattr(infer, "TILE_PX", 32)
-        monkeypatch.setattr(infer, "HALO_PX", 28)
-        tiled = reconstruct(stack, CPU)
-    assert np.median(np.abs(tiled.inverse_depth_dpt - whole.inverse_depth_dpt)) < 1e-3
+@pytest.mark.parametrize(("method", "max_coc_px"), [("plane-sweep", 40.0), ("plane-sweep", 6.0), ("network", 40.0)])
+def test_tiles_leave_no_trace(tmp_path, monkeypatch, method, max_coc_px):
+    """Plain surfaces, breathing, a size that no tile divides, full size and half: the same at every pixel."""
+    scene = procedural_scene(3, 340, 310)
+    condition = Condition(noise_std=0.005, breathing=-0.01)
+    settings = Settings(method=method, device="cpu", max_coc_px=max_coc_px)
+    with FocalStack.open(write_small_stack(tmp_path / "plain.h5", scene=scene, condition=condition)) as stack:
+        whole = reconstruct(stack, settings)
+        monkeypatch.setattr(infer, "TILE_PX", 32 if max_coc_px == 6 else 80)
+        monkeypatch.setattr(METHODS[method], "halo_px", {"plane-sweep": 48, "network": 112}[method])
+        tiled = reconstruct(stack, settings)
+    assert tiled.record["working_scale"] == (0.5 if max_coc_px == 6 else 1.0)
+    for name in ("inverse_depth_dpt", "std_dpt", "confidence", "aif"):
+        assert np.abs(getattr(tiled, name) - getattr(whole, name)).max() < 1e-3, name
 
 
 def test_wide_blur_is_worked_on_at_a_smaller_scale(stack_file):

@@ -1,5 +1,6 @@
 """Memory is planned, adapts to what is free, and running out is an answer and not an end."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,7 +11,7 @@ from reconstruct.infer import Settings, reconstruct
 from reconstruct.job import Job
 from tests.reconstruct.small_stack import write_small_stack
 
-SIZE = {"height": 4000, "width": 6000, "n_frames": 5, "tile_px": 768, "halo_px": 96}
+SIZE = {"height": 4000, "width": 6000, "n_frames": 5, "step": 3, "tile_px": 768, "halo_px": 64}
 CPU = Settings(device="cpu", align=False)
 
 
@@ -32,6 +33,30 @@ def test_tiles_shrink_with_the_free_memory(monkeypatch):
         sides.append(plan.tile_px)
     assert sides[0] == 768
     assert sides == sorted(sides, reverse=True) and sides[-1] < 768
+
+
+def test_what_belongs_to_the_whole_picture_goes_to_disk_where_memory_is_short(monkeypatch):
+    pretend_free(monkeypatch, 64)
+    roomy = memory.plan(**SIZE | {"step": 1})
+    pretend_free(monkeypatch, 5)
+    tight = memory.plan(**SIZE | {"step": 1})
+    assert roomy.file_bytes == 0
+    assert tight.file_bytes == roomy.scratch_bytes > 6e9
+    assert "6.1 GB in " in str(tight)
+
+
+def test_scratch_is_the_same_in_memory_and_in_a_file():
+    scratch = memory.Scratch(1000)
+    arrays = [scratch.empty((4, 50)) for _ in range(2)]
+    assert [isinstance(array, np.memmap) for array in arrays] == [False, True]
+    for array in arrays:
+        array[:] = np.arange(200).reshape(4, 50)
+    np.testing.assert_array_equal(*arrays)
+
+
+def test_a_disk_without_room_is_one_sentence():
+    with pytest.raises(NoSpaceError, match=r"no room for 4000000\.0 GB .*TMPDIR"):
+        memory.Scratch(0).empty((1000, 1000, 1000, 1000, 1000))
 
 
 def test_what_cannot_fit_is_refused_with_what_to_lower(monkeypatch):
@@ -63,11 +88,11 @@ def test_no_memory_is_tried_once_more_with_smaller_tiles(stack_file, monkeypatch
     sides = []
     real = infer._estimate_tiled
 
-    def short_of_memory(stack, alignment, estimator, step, tile_px, progress):
+    def short_of_memory(picture, method, refine_steps, tile_px, progress):
         sides.append(tile_px)
         if tile_px == infer.TILE_PX:
             raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes")
-        return real(stack, alignment, estimator, step, tile_px, progress)
+        return real(picture, method, refine_steps, tile_px, progress)
 
     monkeypatch.setattr(infer, "_estimate_tiled", short_of_memory)
     with FocalStack.open(stack_file) as stack:
@@ -80,10 +105,10 @@ def test_a_stack_without_memory_is_named_and_the_next_one_done(stack_file, tmp_p
     second = write_small_stack(tmp_path / "second.h5", seed=1)
     real = infer._estimate_tiled
 
-    def short_of_memory(stack, *rest):
-        if stack.path == stack_file:
+    def short_of_memory(picture, *rest):
+        if picture.stack.path == stack_file:
             raise MemoryError
-        return real(stack, *rest)
+        return real(picture, *rest)
 
     monkeypatch.setattr(infer, "_estimate_tiled", short_of_memory)
     with pytest.raises(SomeFailedError, match="1 of 2 stacks failed: small"):

@@ -7,10 +7,8 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
-from reconstruct.checkpoint import DEFAULT_WEIGHTS
-from reconstruct.device import pick_device
 from reconstruct.network import DefaultNet, PaperNet, build, place_hypotheses
-from reconstruct.predict import load_network, predict, wrap
+from reconstruct.predict import predict, wrap
 
 
 @pytest.fixture(autouse=True)
@@ -144,17 +142,3 @@ def test_paper_has_no_confidence_to_offer():
     frames, focus, kappa = stack_of(3)
     estimate = predict(wrap(PaperNet(), {}, "paper"), frames[0], focus[0], kappa[0])
     assert (estimate.confidence == 0).all()
-
-
-@pytest.mark.slow
-def test_tiled_is_untiled():
-    network = load_network(DEFAULT_WEIGHTS, pick_device("cpu"))
-    rng = np.random.default_rng(3)
-    scene = gaussian_filter(rng.random((700, 760)), 0.8)
-    focus, kappa = torch.linspace(0.4, 1.4, 4), torch.full((4,), 14.0)
-    luma = np.stack([gaussian_filter(scene, abs(14 * (float(q) - 0.8)) / 4) for q in focus])
-    frames = torch.tensor(luma, dtype=torch.float32)[:, None].repeat(1, 3, 1, 1)
-    whole = predict(network, frames, focus, kappa)
-    tiled = predict(network, frames, focus, kappa, tile_px=256)
-    assert (whole.inverse_depth_dpt - tiled.inverse_depth_dpt).abs().max() < 1e-3
-    assert (whole.aif - tiled.aif).abs().max() < 1e-3

@@ -1,0 +1,106 @@
+"""The plane sweep and the trained network behind one face, for whole pictures and for tiles of them.
+
+Depth at a pixel depends on its surroundings, and where there is no texture on surroundings far away: the comparison of
+the frames is smoothed along whole rows and columns. A picture too large to be worked on at once therefore takes three
+steps: `compare` tile by tile, `smooth` the whole, `estimate` tile by tile. Every step sees what it would see untiled.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from reconstruct.estimate import Estimate
+from reconstruct.network import DefaultNet
+from reconstruct.plane_sweep import Evidence, Photometry, SweepConfig, plane_sweep, smoothed, sweep_cost
+from reconstruct.predict import MULTIPLE, load_network, padded, predict
+
+
+class Method(Protocol):
+    """What estimates depth of one stack, whose `focus_dpt` and `kappa` (S,) it knows.
+
+    Attributes:
+        description: for the record.
+        shrink: image pixels per pixel of what `compare` gives.
+        multiple: what `compare` pads the picture to.
+        hypotheses: their number, 0 if nothing is to be smoothed.
+        halo_px: how far around a pixel `estimate` looks.
+        context: exposure, noise and brightness of the whole picture.
+    """
+
+    description: dict[str, Any]
+    shrink: int
+    multiple: int
+    hypotheses: int
+    halo_px: int
+    context: Photometry | None
+    focus_dpt: Tensor
+    kappa: Tensor
+
+    def compare(self, frames: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """Cost of each hypothesis (N, h, w) and guide (h, w) for `smooth`; frames (S, 3, H, W), valid (S, H, W)."""
+        ...
+
+    def smooth(self, cost: Tensor, guide: Tensor, out: Tensor, device: torch.device) -> None:
+        """Smooth `cost` of the whole picture, strip by strip on `device`, into `out`."""
+        ...
+
+    def estimate(self, frames: Tensor, valid: Tensor, evidence: Evidence | None) -> Estimate:
+        """Depth and all-in-focus image; `evidence` for these pixels where they are a tile."""
+        ...
+
+
+class PlaneSweep:
+    """`reconstruct/plane_sweep.py`."""
+
+    shrink, multiple, halo_px = 1, 1, 64
+    context: Photometry | None = None
+
+    def __init__(self, focus_dpt: Tensor, kappa: Tensor) -> None:
+        self.focus_dpt, self.kappa, self.config = focus_dpt, kappa, SweepConfig()
+        self.hypotheses = self.config.hypotheses
+        self.description: dict[str, Any] = {"name": "plane-sweep"}
+
+    def compare(self, frames: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        return sweep_cost(frames, self.focus_dpt, self.kappa, valid, self.config, self.context)
+
+    def smooth(self, cost: Tensor, guide: Tensor, out: Tensor, device: torch.device) -> None:
+        smoothed(cost, guide, self.config, out=out, device=device)
+
+    def estimate(self, frames: Tensor, valid: Tensor, evidence: Evidence | None) -> Estimate:
+        more = {"config": self.config, "context": self.context, "evidence": evidence}
+        return plane_sweep(frames, self.focus_dpt, self.kappa, valid=valid, **more)  # type: ignore[arg-type]
+
+
+class Network:
+    """`reconstruct/predict.py`, with weights loaded once."""
+
+    shrink, multiple, halo_px = 2, MULTIPLE, 128  # the halo: its receptive field
+    context: Photometry | None = None
+
+    def __init__(self, focus_dpt: Tensor, kappa: Tensor, weights: str | Path) -> None:
+        self.focus_dpt, self.kappa = focus_dpt, kappa
+        self.model = load_network(weights, focus_dpt.device)
+        self.hypotheses = DefaultNet.HYPOTHESES if isinstance(self.model.net, DefaultNet) else 0
+        self.description: dict[str, Any] = {"name": "network", "weights": self.model.identity}
+
+    @torch.inference_mode()
+    def compare(self, frames: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        frames, seen = padded(frames, valid)
+        settings = self.focus_dpt[None], self.kappa[None]
+        assert isinstance(self.model.net, DefaultNet)
+        cost, guide = self.model.net.sweep_cost(frames[None], *settings, seen[None], self.context)
+        return cost[0], guide[0]
+
+    def smooth(self, cost: Tensor, guide: Tensor, out: Tensor, device: torch.device) -> None:
+        DefaultNet.smoothed(cost, guide, out=out, device=device)
+
+    def estimate(self, frames: Tensor, valid: Tensor, evidence: Evidence | None) -> Estimate:
+        more = {"context": self.context, "evidence": evidence}
+        return predict(self.model, frames, self.focus_dpt, self.kappa, valid, **more)  # type: ignore[arg-type]
+
+
+METHODS: dict[str, type[PlaneSweep] | type[Network]] = {"plane-sweep": PlaneSweep, "network": Network}
