@@ -160,6 +160,48 @@ def test_a_lens_turned_by_hand_is_asked_for_frame_by_frame(browser, tmp_path, ar
         assert stack.focus_distance_m[[0, -1]].tolist() == pytest.approx([1.2, 2.4])
 
 
+def test_fine_tuning_is_offered_judged_accepted_or_not_kept(browser, tmp_path, artefacts):
+    """Not better: nothing is kept. Better: before and after on the take that was not trained on, then accepted."""
+    program = (str(ROOT / "tests" / "reconstruct" / "quick_training.py"),)
+    environment = {"PYTHONPATH": str(ROOT)}
+    with (
+        session(tmp_path, "simulated:motorcycle?width=160", program=program, env=environment) as server,
+        screen(browser, server, artefacts) as shown,
+    ):
+        page, press = shown.page, shown.page.keyboard.press
+        shown.wait("state && state.camera.state === 'idle' && last")
+        mark(shown)
+        page.fill("#count", "4")
+        shown.wait("state.plan.count === 4")
+        page.evaluate("document.activeElement.blur()")
+        for number in (1, 2):
+            press(" ")
+            shown.wait(f"state.takes.length === {number} && state.takes[{number - 1}].result")
+        assert not page.is_visible("#training")
+        press("PageUp")
+        press("PageDown")
+        press("x")
+        assert page.inner_text("#train") == "Fine-tune on 1 take"
+        page.click("#train")
+        shown.wait("state.training && state.training.state === 'running'")
+        press(" ")  # the camera does not wait for the training
+        shown.wait("state.takes.length === 3 && state.takes[2].frames > 0")
+        shown.wait("state.training.state === 'finished'")
+        assert "nothing is kept" in page.inner_text("#training") and "+10.0 %" in page.inner_text("#training-text")
+        assert not page.is_visible("#train-accept")
+        page.click("#train-discard")
+        shown.wait("!state.training && state.takes[2].result")
+        assert page.evaluate("state.method") == "plane sweep"
+        page.click("#train")
+        shown.wait("state.training && state.training.before && state.training.after")
+        shown.wait("$('before').naturalWidth > 0 && $('after').naturalWidth > 0")
+        assert "take 3 (not trained on)" in page.inner_text("#training-pair")
+        shown.shot("session-trained")
+        page.click("#train-accept")
+        shown.wait("state.method.includes('fine-tuned here')")
+        is_quiet(shown, server)
+
+
 @pytest.mark.slow
 def test_fine_tuning_from_the_page(browser, tmp_path, artefacts):
     """Two takes, a short run on the first, before and after on the second; accepted if it was better."""

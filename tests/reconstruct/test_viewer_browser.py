@@ -67,10 +67,10 @@ def test_the_report_works_from_a_file(browser, out, artefacts):
             "Depth",
             "Confidence",
         ]
+        shown.shot("report", ["laptop", "upright"])
         before = page.evaluate("$('solid').toDataURL().length")
         page.locator("#threshold").fill("100")
         assert page.evaluate("$('solid').toDataURL().length") < 0.7 * before  # unsure points are gone
-        shown.shot("report", ["laptop", "upright"])
         assert page.title() == "fine - daif"  # a warning is text, whatever it holds
         shown.asked_only(address)
 
