@@ -21,6 +21,7 @@ from capture.errors import DaifError, UsageError
 MAX_DEATHS = 2
 POLL_S = 0.1
 NO_WORKER_LIMIT_S = 300.0  # a restarted worker imports torch, a queued one waits for its machine
+RESTART_LIMIT_S = 100.0  # a local worker that has not restarted by then never will
 
 
 @dataclass
@@ -61,8 +62,8 @@ def connect(workers: int, address: str | None) -> Iterator[Any]:
             yield client
         return
     quiet = {"distributed.logging.distributed": "critical", "distributed.admin.log-format": "%(message)s"}
-    patient = {  # by default a worker that takes over 15 s to restart, as on a busy machine, is given up for good
-        "distributed.deploy.lost-worker-timeout": "1h",
+    patient = {  # the default, 15 s, is too short for a busy machine
+        "distributed.deploy.lost-worker-timeout": f"{RESTART_LIMIT_S}s",
         "distributed.comm.timeouts.connect": "30s",
         "distributed.worker.daemon": False,
     }
@@ -142,6 +143,7 @@ def run_on(client: Any, items: Sequence[str], call: Callable[[str], dict[str, An
                 )
         else:
             alone_since = None
+        _replace_lost(client, capacity)
         yield from _bury(board, capacity)
         _hand_out(client, board, capacity, call)
         yield from _collect(board)
@@ -153,6 +155,16 @@ def _workers(client: Any) -> dict[str, int]:
     if client.status != "running":
         raise DaifError("the Dask scheduler has gone away; finished stacks stay finished, run again to do the rest")
     return {address: info["nthreads"] for address, info in client.scheduler_info(n_workers=-1)["workers"].items()}
+
+
+def _replace_lost(client: Any, capacity: dict[str, int]) -> None:
+    """Have local workers started in place of those that are gone for good.
+
+    Dask restarts a worker that dies, but not one that dies while it starts; it forgets that one after a while.
+    """
+    local = client.cluster
+    if local is not None and len(capacity) < len(local.worker_spec):
+        local.scale(len(local.worker_spec))
 
 
 def _hand_out(client: Any, board: _Board, capacity: dict[str, int], call: Callable[[str], dict[str, Any]]) -> None:

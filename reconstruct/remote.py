@@ -74,7 +74,7 @@ def read_record(out: str, name: str) -> dict[str, Any]:
 
 
 def prepare_output(out: str) -> None:
-    """Make the output folder and try to write there, so that hours of work do not end in an error.
+    """Make the output folder, clear it of what killed runs left, and try to write there before hours of work.
 
     Raises UsageError if it cannot be written.
     """
@@ -86,6 +86,7 @@ def prepare_output(out: str) -> None:
         Path(out).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
             pass
+        result.remove_leftovers(Path(out))
     except OSError as error:
         reason = error.strerror or str(error)
         raise UsageError(f"{out} cannot be written ({reason}); choose another output folder with -o") from None

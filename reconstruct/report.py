@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
 
@@ -60,14 +60,18 @@ def render_report(
         thumbnails: (sRGB image, label) of each captured frame.
         truth: adds an error map and the table of errors when the true depth is known.
     """
+    seen = _sampled(result)
     payload = {
         "title": result.name,
         "subtitle": _subtitle(result),
         "metric": result.metric,
         "assumed_lens": result.intrinsics.assumed,
         "warnings": list(result.record.get("warnings", [])),
-        "facts": _facts(result),
-        "maps": _maps(result, truth),
+        "facts": _facts(seen),
+        "maps": [
+            _map("All-in-focus image", result.aif_srgb8, "fused from all frames in linear light"),
+            *_maps(seen, truth),
+        ],
         "frames": [{"src": _jpeg(image), "label": label} for image, label in thumbnails],
         "errors": None if truth is None else {"columns": truth.columns, "rows": truth.rows, "note": truth.note},
         "curves": _curves(result, [image for image, _ in thumbnails]),
@@ -78,6 +82,17 @@ def render_report(
     text = json.dumps(json_ready(payload), separators=(",", ":")).replace("</", "<\\/")
     page = resources.files("reconstruct").joinpath("pages/report.html").read_text(encoding="utf-8")
     return page.replace("/*DATA*/", text)
+
+
+def _sampled(result: Reconstruction) -> Reconstruction:
+    """`result` at every n-th row and column, enough for the page and its figures, and far quicker to go through."""
+    stride = max(1, result.confidence.shape[1] // PAGE_WIDTH_PX)
+    part = (slice(None, None, stride), slice(None, None, stride))
+    maps = {name: getattr(result, name)[part] for name in ("inverse_depth_dpt", "std_dpt", "confidence", "aif")}
+    baseline = result.baseline
+    if baseline is not None and baseline.confidence.shape == result.confidence.shape:
+        baseline = _sampled(baseline)
+    return replace(result, **maps, baseline=baseline)
 
 
 def _subtitle(result: Reconstruction) -> str:
@@ -118,7 +133,6 @@ def _maps(result: Reconstruction, truth: Truth | None) -> list[dict[str, Any]]:
     else:
         labels = ["near", "", "", "", "far"]
     maps = [
-        _map("All-in-focus image", result.aif_srgb8, "fused from all frames in linear light"),
         _map("Depth", colour, "evenly spread over dioptres", _bar(reverse=True), labels),
         _map(
             "Confidence",
@@ -136,9 +150,11 @@ def _maps(result: Reconstruction, truth: Truth | None) -> list[dict[str, Any]]:
         beside = export.colorize(result.baseline.inverse_depth_dpt, low, high)
         maps.append(_map("Depth, plane sweep", beside, "without training, same colours", _bar(reverse=True), labels))
     if truth is not None:
-        true_colour = export.colorize(1 / truth.depth_m, low, high)
+        stride = max(1, truth.depth_m.shape[1] // PAGE_WIDTH_PX)
+        true_m = truth.depth_m[::stride, ::stride]
+        true_colour = export.colorize(1 / true_m, low, high)
         maps.append(_map("True depth", true_colour, "same colours as Depth", _bar(reverse=True), labels))
-        error = np.abs(result.depth - truth.depth_m) / truth.depth_m
+        error = np.abs(result.depth - true_m) / true_m
         maps.append(
             _map("Error", export.colorize(error, 0, 0.1), "|depth - truth| / truth", _bar(), ["0", "5 %", "over 10 %"])
         )
@@ -168,10 +184,10 @@ def _scene(result: Reconstruction) -> dict[str, Any]:
     aif = _fit(result.aif_srgb8, PAGE_WIDTH_PX)
     height, width = aif.shape[:2]
     scale = width / result.aif.shape[1]
-    finite = np.isfinite(result.inverse_depth_dpt)
-    median = float(np.median(result.inverse_depth_dpt[finite])) if finite.any() else 0.0
-    q = cv2.resize(np.where(finite, result.inverse_depth_dpt, median), (width, height), interpolation=cv2.INTER_NEAREST)
-    std = cv2.resize(np.nan_to_num(result.std_dpt), (width, height), interpolation=cv2.INTER_NEAREST)
+    q = cv2.resize(result.inverse_depth_dpt, (width, height), interpolation=cv2.INTER_NEAREST)
+    finite = np.isfinite(q)
+    q[~finite] = np.median(q[finite]) if finite.any() else 0.0
+    std = np.nan_to_num(cv2.resize(result.std_dpt, (width, height), interpolation=cv2.INTER_NEAREST))
     low, high = (float(v) for v in np.percentile(q, [0.2, 99.8]))
     high = max(high, low + 1e-6)
     std_scale = max(float(std.max()), 1e-9)

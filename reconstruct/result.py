@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
 from capture.decode import decode_image, to_linear, to_srgb8
@@ -89,6 +91,20 @@ def is_complete(folder: Path) -> bool:
     return (folder / RECORD).is_file()
 
 
+def _who() -> str:
+    """This process among all that write into one folder, from one machine or many."""
+    return f"{platform.node()}-{os.getpid()}"
+
+
+def remove_leftovers(out: Path) -> None:
+    """Delete what killed runs of this machine left in `out`; other machines' work, alive or dead, is not touched."""
+    for kind in ("partial", "retired"):
+        for folder in out.glob(f".*.{kind}-{platform.node()}-*"):
+            number = folder.name.rpartition("-")[2]
+            if number.isdecimal() and not psutil.pid_exists(int(number)):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
 def save(
     result: Reconstruction,
     out: Path,
@@ -107,7 +123,7 @@ def save(
     target = out / result.name
     if target.exists() and not replace:
         raise UsageError(f"{target} already exists; remove it, choose another -o, or add --force to replace it")
-    staging = out / f".{result.name}.partial-{os.getpid()}"
+    staging = out / f".{result.name}.partial-{_who()}"
     try:
         staging.mkdir(parents=True)
         _write_files(result, staging, depth_unit, extra_formats, exif)
@@ -115,7 +131,7 @@ def save(
             (staging / "report.html").write_text(report_html, encoding="utf-8")
         (staging / RECORD).write_text(json.dumps(json_ready(result.record), indent=2) + "\n", encoding="utf-8")
         if target.exists():
-            retired = out / f".{result.name}.retired-{os.getpid()}"
+            retired = out / f".{result.name}.retired-{_who()}"
             target.rename(retired)
             staging.rename(target)
             shutil.rmtree(retired)

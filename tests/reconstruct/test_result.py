@@ -2,13 +2,16 @@
 
 import json
 import os
+import platform
+import subprocess
+import sys
 
 import cv2
 import numpy as np
 import pytest
 
 from capture.errors import DataError, UsageError
-from reconstruct import report, result
+from reconstruct import remote, report, result
 from tests.reconstruct.small_result import small_result
 
 CONTRACT = {
@@ -62,6 +65,19 @@ def test_an_existing_folder_is_kept_unless_replaced(tmp_path):
     result.save(small_result(depth_m=1.0), tmp_path, replace=True)
     assert np.load(tmp_path / "take" / "depth.npy")[0, 0] == 1.0
     assert [path.name for path in tmp_path.iterdir()] == ["take"]
+
+
+def test_what_a_killed_run_left_is_removed_but_nothing_of_the_living(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    here = platform.node()
+    names = [f".take.partial-{here}-{ended.pid}", f".take.retired-{here}-{ended.pid}"]
+    kept = [f".take.partial-{here}-{os.getpid()}", f".take.partial-elsewhere-{ended.pid}", f"take.partial-{here}-1x"]
+    for name in (*names, *kept):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "depth.npy").write_bytes(b"half")
+    remote.prepare_output(str(tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == set(kept)
 
 
 def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
