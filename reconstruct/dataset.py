@@ -238,7 +238,8 @@ def procedural_training_scene(seed: Sequence[int], size: int) -> Scene:
             surface = surface + span * rng.uniform(0.02, 0.15) * np.sqrt(inside / max(float(inside.max()), 1.0))
         visible = (mask > 0) & ((surface > depth) | (rng.random() < 0.3))
         depth = np.where(visible, surface, depth)
-        image = np.where(visible[..., None], _texture(rng, fine), image)
+        if rng.random() < 0.8:  # else camouflaged: a depth edge that no edge of colour betrays
+            image = np.where(visible[..., None], _texture(rng, fine), image)
     if rng.random() < 0.6:  # uneven light
         image = image * np.exp(0.35 * cv2.GaussianBlur(_fractal(rng, fine, 2.0), (0, 0), 8))[..., None]
     depth = np.clip(depth, FAR_DPT - 0.12, NEAR_DPT + 0.12)
@@ -372,8 +373,8 @@ def training_stack(
     if rng.random() < 0.6:  # 8 bit, in a gamma close to sRGB
         image = (np.rint(image ** np.float32(1 / 2.2) * 255) / np.float32(255)) ** np.float32(2.2)
     focus = scene.focus_dpt[chosen]
-    if rng.random() < 0.5:
-        focus = focus + (np.ptp(focus) * rng.uniform(0, 0.025) * rng.standard_normal(frames)).astype(np.float32)
+    if rng.random() < 0.35:
+        focus = focus + (np.ptp(focus) * rng.uniform(0, 0.02) * rng.standard_normal(frames)).astype(np.float32)
     inverse, aif = scene.inverse_depth_dpt[window][None], _decode(scene.aif[window]) * np.float32(exposure)
     image, aif = image.transpose(0, 3, 1, 2), aif.transpose(2, 0, 1)
     turn, mirror = int(rng.integers(4)), rng.random() < 0.5
@@ -398,7 +399,7 @@ class SimulatedBatches:
         """The batch of `step` for process `rank`."""
         rng = np.random.default_rng([self.pool.seed, 3, step, rank])
         frames = int(rng.choice([2, 3, 4, 5, 6, 7, 8, 10], p=[0.04, 0.1, 0.14, 0.34, 0.12, 0.12, 0.08, 0.06]))
-        available = min(self.scenes, self.first + step * self.size // 16)
+        available = min(self.scenes, self.first + step * self.size // 8)
         chosen = rng.integers(0, available, self.size)
         parts = [training_stack(self.pool[int(i)], rng, frames, self.crop) for i in chosen]
         return StackBatch(*(torch.from_numpy(np.stack(x)) for x in zip(*parts, strict=True)))

@@ -380,38 +380,23 @@ class _Gathered:
     """Evidence for the whole picture, compared tile by tile and smoothed as one."""
 
     def __init__(self, picture: _Picture, method: Method, tile_px: int, progress: Report) -> None:
-        self.shrink, self.device = method.shrink, picture.device
-        self.length = [-(-n // method.multiple) * method.multiple for n in (picture.height, picture.width)]
-        self.end = picture.height, picture.width
-        size = [n // method.shrink for n in self.length]
+        self.device = picture.device
+        size = picture.height, picture.width
         cost, total = (picture.scratch.empty((method.hypotheses, *size)) for _ in range(2))
         guide = np.empty(size, np.float32)
-        tiles = _tiles(picture.height, picture.width, tile_px, BLUR_HALO_PX)
+        tiles = _tiles(*size, tile_px, BLUR_HALO_PX)
         for done, tile in enumerate(tiles):
             progress("comparing frames", 0.1 + 0.2 * done / len(tiles))
             found, edges = method.compare(*picture.read(*tile.outer))
-            core = self._shrunk(*tile.core)
-            inside = tuple(
-                slice(c.start - o.start, c.stop - o.start) for c, o in zip(core, self._shrunk(*tile.outer), strict=True)
-            )
-            cost[:, core[0], core[1]] = found[:, inside[0], inside[1]].cpu().numpy()
-            guide[core] = edges[inside].cpu().numpy()
+            cost[(slice(None), *tile.core)] = found[(slice(None), *tile.inside)].cpu().numpy()
+            guide[tile.core] = edges[tile.inside].cpu().numpy()
         progress("smoothing", 0.3)
         self.cost, self.total = torch.from_numpy(cost), torch.from_numpy(total)
         method.smooth(self.cost, torch.from_numpy(guide), self.total, picture.device)
 
-    def _shrunk(self, rows: slice, cols: slice) -> tuple[slice, slice]:
-        """A region of the picture in the evidence; what touches the picture's end reaches to the end of the padding."""
-        found = []
-        for part, end, length in zip((rows, cols), self.end, self.length, strict=True):
-            stop = length if part.stop == end else part.stop
-            found.append(slice(part.start // self.shrink, stop // self.shrink))
-        return found[0], found[1]
-
     def evidence(self, rows: slice, cols: slice) -> Evidence:
         """What belongs to a region of the picture."""
-        part = (slice(None), *self._shrunk(rows, cols))
-        return Evidence(self.cost[part].to(self.device), self.total[part].to(self.device))
+        return Evidence(self.cost[:, rows, cols].to(self.device), self.total[:, rows, cols].to(self.device))
 
 
 def _less_sure(estimate: Estimate, everywhere: Tensor) -> Estimate:

@@ -25,7 +25,7 @@ SWEEP_BYTES = (470, 175)
 NETWORK_BYTES = (650, 200)
 REFINE_BYTES = (2500, 350)
 OUTPUT_BYTES_PER_PX = 45  # depth, spread, confidence, sharp image, and what writing and the report add
-EVIDENCE_BYTES_SWEEP, EVIDENCE_BYTES_NETWORK = 2 * 32 * 4, 2 * 32 * 4 // 4  # per working pixel of a tiled picture
+EVIDENCE_BYTES = 2 * 32 * 4  # per working pixel of a tiled picture
 FIXED_BYTES = 200_000_000
 USABLE = 0.85  # share of the free memory that may be planned for
 
@@ -114,7 +114,7 @@ def plan(
     small = height // step, width // step
     kept = 12 * n_frames * math.prod(small) if step > 1 else 0
     if max(small) > tile_px + 2 * halo_px:
-        kept += (EVIDENCE_BYTES_NETWORK if network else EVIDENCE_BYTES_SWEEP) * math.prod(small)
+        kept += EVIDENCE_BYTES * math.prod(small)
     free = int(min(free_bytes(), share * limit_bytes()))
     on_gpu = device is not None and device.type == "cuda"
     sides = [side for side in (tile_px, tile_px // 2, tile_px // 4) if side > 0]

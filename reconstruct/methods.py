@@ -16,7 +16,7 @@ from torch import Tensor
 from reconstruct.estimate import Estimate
 from reconstruct.network import DefaultNet
 from reconstruct.plane_sweep import Evidence, Photometry, SweepConfig, plane_sweep, smoothed, sweep_cost
-from reconstruct.predict import MULTIPLE, load_network, padded, predict
+from reconstruct.predict import load_network, predict
 
 
 class Method(Protocol):
@@ -24,16 +24,12 @@ class Method(Protocol):
 
     Attributes:
         description: for the record.
-        shrink: image pixels per pixel of what `compare` gives.
-        multiple: what `compare` pads the picture to.
         hypotheses: their number, 0 if nothing is to be smoothed.
         halo_px: how far around a pixel `estimate` looks.
         context: exposure, noise and brightness of the whole picture.
     """
 
     description: dict[str, Any]
-    shrink: int
-    multiple: int
     hypotheses: int
     halo_px: int
     context: Photometry | None
@@ -41,7 +37,7 @@ class Method(Protocol):
     kappa: Tensor
 
     def compare(self, frames: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """Cost of each hypothesis (N, h, w) and guide (h, w) for `smooth`; frames (S, 3, H, W), valid (S, H, W)."""
+        """Cost of each hypothesis (N, H, W) and guide (H, W) for `smooth`; frames (S, 3, H, W), valid (S, H, W)."""
         ...
 
     def smooth(self, cost: Tensor, guide: Tensor, out: Tensor, device: torch.device) -> None:
@@ -56,7 +52,7 @@ class Method(Protocol):
 class PlaneSweep:
     """`reconstruct/plane_sweep.py`."""
 
-    shrink, multiple, halo_px = 1, 1, 64
+    halo_px = 64
     context: Photometry | None = None
 
     def __init__(self, focus_dpt: Tensor, kappa: Tensor) -> None:
@@ -65,6 +61,7 @@ class PlaneSweep:
         self.description: dict[str, Any] = {"name": "plane-sweep"}
 
     def compare(self, frames: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.context is not None
         return sweep_cost(frames, self.focus_dpt, self.kappa, valid, self.config, self.context)
 
     def smooth(self, cost: Tensor, guide: Tensor, out: Tensor, device: torch.device) -> None:
@@ -75,28 +72,17 @@ class PlaneSweep:
         return plane_sweep(frames, self.focus_dpt, self.kappa, valid=valid, **more)  # type: ignore[arg-type]
 
 
-class Network:
-    """`reconstruct/predict.py`, with weights loaded once."""
+class Network(PlaneSweep):
+    """`reconstruct/predict.py`, with weights loaded once; it is told what the plane sweep knows."""
 
-    shrink, multiple, halo_px = 2, MULTIPLE, 128  # the halo: its receptive field
-    context: Photometry | None = None
+    halo_px = 128  # its receptive field
 
     def __init__(self, focus_dpt: Tensor, kappa: Tensor, weights: str | Path) -> None:
-        self.focus_dpt, self.kappa = focus_dpt, kappa
+        super().__init__(focus_dpt, kappa)
         self.model = load_network(weights, focus_dpt.device)
-        self.hypotheses = DefaultNet.HYPOTHESES if isinstance(self.model.net, DefaultNet) else 0
-        self.description: dict[str, Any] = {"name": "network", "weights": self.model.identity}
-
-    @torch.inference_mode()
-    def compare(self, frames: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        frames, seen = padded(frames, valid)
-        settings = self.focus_dpt[None], self.kappa[None]
-        assert isinstance(self.model.net, DefaultNet)
-        cost, guide = self.model.net.sweep_cost(frames[None], *settings, seen[None], self.context)
-        return cost[0], guide[0]
-
-    def smooth(self, cost: Tensor, guide: Tensor, out: Tensor, device: torch.device) -> None:
-        DefaultNet.smoothed(cost, guide, out=out, device=device)
+        if not isinstance(self.model.net, DefaultNet):
+            self.hypotheses = 0  # the published network makes no use of them
+        self.description = {"name": "network", "weights": self.model.identity}
 
     def estimate(self, frames: Tensor, valid: Tensor, evidence: Evidence | None) -> Estimate:
         more = {"context": self.context, "evidence": evidence}

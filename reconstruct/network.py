@@ -15,13 +15,13 @@ Letters: B batch, S frames, D hypotheses, (H, W) pixels, (h, w) = (H/2, W/2).
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reconstruct.plane_sweep import Evidence, Photometry, cost_volume, semi_global
+from reconstruct.plane_sweep import GREY, Evidence, Photometry, SweepConfig, conclude, gather_evidence, photometry
 
 
 class NetworkOutput(NamedTuple):
@@ -30,17 +30,21 @@ class NetworkOutput(NamedTuple):
     Attributes:
         inverse_depth_dpt: (B, 1, H, W), 1/m.
         std_dpt: (B, 1, H, W), one standard deviation of the above; not calibrated.
-        aif: (B, 3, H, W) linear RGB.
+        aif: (B, 3, H, W) linear RGB, None if not asked for.
         logits: (B, D, h, w) log-weights of the hypotheses, None for `PaperNet`.
+        opinion_dpt: (B, 1, H, W), their mean, from which and the plane sweep's answer `inverse_depth_dpt` is made.
     """
 
     inverse_depth_dpt: Tensor
     std_dpt: Tensor
-    aif: Tensor
+    aif: Tensor | None
     logits: Tensor | None = None
+    opinion_dpt: Tensor | None = None
 
 
 # ---------------------------------------------------------------------------------------------- focus volume
+
+SWEEP = SweepConfig()  # trained weights depend on it, and on everything else that the sweep does
 
 
 class Hypotheses(NamedTuple):
@@ -50,31 +54,59 @@ class Hypotheses(NamedTuple):
     step_px: Tensor
 
 
-def place_hypotheses(focus_dpt: Tensor, kappa: Tensor, count: int) -> Hypotheses:
-    """`count` dioptres evenly over the swept range, widened by 5 % of it plus 1 px of blur on either side.
+def place_hypotheses(focus_dpt: Tensor, kappa: Tensor) -> Hypotheses:
+    """The plane sweep's hypotheses for a batch: evenly over the swept range and 2 px of blur beyond.
 
     Blur is linear in dioptres, so even spacing here is even spacing in blur, whatever the lens.
     """
+    count = SWEEP.hypotheses
     kappa_ref = kappa.mean(1)
-    low, high = focus_dpt.amin(1), focus_dpt.amax(1)
-    margin = 0.05 * (high - low) + 1.0 / kappa_ref
-    low, high = low - margin, high + margin
+    margin = SWEEP.beyond_px / kappa_ref
+    low, high = focus_dpt.amin(1) - margin, focus_dpt.amax(1) + margin
     ramp = torch.linspace(0.0, 1.0, count, device=focus_dpt.device, dtype=focus_dpt.dtype)
     dpt = low[:, None] + (high - low)[:, None] * ramp
     return Hypotheses(dpt, kappa_ref * (high - low) / (count - 1))
+
+
+class Prior(NamedTuple):
+    """What the plane sweep knows of a batch.
+
+    Attributes:
+        cost, total: its evidence, (B, D, H, W).
+        inverse_depth_dpt, error_px, sharp: what it makes of it, (B, 1, H, W).
+        brightness: mean of all frames, (B, 1, 1, 1).
+    """
+
+    cost: Tensor
+    total: Tensor
+    inverse_depth_dpt: Tensor
+    error_px: Tensor
+    sharp: Tensor
+    brightness: Tensor
+
+
+def sweep_prior(
+    frames: Tensor,
+    focus_dpt: Tensor,
+    kappa: Tensor,
+    valid: Tensor | None = None,
+    *,
+    context: Photometry | None = None,
+    evidence: Evidence | None = None,
+) -> Prior:
+    """A batch of one; arguments as for `plane_sweep`."""
+    context = context or photometry(frames, valid)
+    tested = place_hypotheses(focus_dpt[None], kappa[None]).dpt[0]
+    evidence = evidence or gather_evidence(frames, focus_dpt, kappa, valid, SWEEP, context)
+    swept = conclude(frames, focus_dpt, kappa, valid, evidence, tested, context)
+    volumes, maps = (x[None] for x in evidence), (x[None, None] for x in swept)
+    return Prior(*[*volumes, *maps, context.brightness.view(1, 1, 1, 1)])
 
 
 def mean_2x2(x: Tensor) -> Tensor:
     """(..., H, W) to (..., H/2, W/2)."""
     rows = x[..., ::2, :] + x[..., 1::2, :]  # several times faster on a CPU than avg_pool2d
     return (rows[..., ::2] + rows[..., 1::2]).mul_(0.25)
-
-
-def _scaled(frames: Tensor, context: Photometry | None) -> tuple[Tensor, Tensor, Photometry | None]:
-    """`frames` (B, S, 3, H, W) divided by the mean of their stack; that mean, (B, 1, 1, 1, 1); `context` afterwards."""
-    gain = frames.mean((1, 2, 3, 4)) if context is None else context.brightness.expand(len(frames))
-    gain = gain.clamp_min(1e-4)[:, None, None, None, None]
-    return frames / gain, gain, None if context is None else context.scaled(1 / gain.flatten()[0])
 
 
 # ------------------------------------------------------------------------------------------------- default net
@@ -95,44 +127,61 @@ class Block(nn.Module):
 
 
 class DefaultNet(nn.Module):
-    """The `default` preset: an optics-aware focus volume, a U-Net over it, a distribution over dioptres.
+    """The `default` preset: an optics-aware focus volume, a U-Net over it, and what it changes about the plane sweep.
 
-    1. *Evidence*: the plane sweep's cost of each hypothesis, and the same smoothed semi-globally (no weights).
+    1. *Evidence*: the plane sweep as it is: cost of each hypothesis, the same smoothed semi-globally, its answer and
+       the error to expect of it (no weights).
     2. *Features*: a shared encoder sees each frame; per hypothesis the frames are averaged with weights that are a
        learned function of the signed CoC c alone. Any S, any order.
-    3. A U-Net at half resolution reads both in context.
-    4. The answer is a *bounded residual* on the smoothed cost: softmax over hypotheses, its mean and spread. A
-       softmax cannot die, and before any training it already is the plane sweep's answer.
-    5. Convex upsampling to full size; the all-in-focus image is a weighting of the frames, by their blur at that
-       depth, plus a bounded residual.
+    3. A U-Net at half resolution reads all of it in context.
+    4. A distribution over hypotheses: softmax of the evidence plus a *bounded residual*. A softmax cannot die.
+    5. Its mean, brought to full size by convex upsampling, is a second opinion. A few convolutions at full size decide
+       pixel by pixel how far the plane sweep's answer moves towards it, and by some bounded pixels of CoC beyond.
+       Untrained, it is next to the plane sweep's.
+    6. The all-in-focus image is a weighting of the frames, by their blur at that depth, plus a bounded residual.
     """
 
-    HYPOTHESES = 32
     FEATURES, HEADS = 8, 4
     SATURATION = 2.0  # of the smoothed cost
     BOUND = 12.0  # largest change of a log-weight by the U-Net: more than half of temperature x saturation
+    CONTEXT, FINE = 8, 16  # channels handed to full size, and of the convolutions there
+    FINE_BOUND_PX = 4.0  # largest change of the answer at full size, CoC diameter
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
+        count = SWEEP.hypotheses
         w1, w2, w3, w4 = width, width * 3 // 2, width * 2, width * 3
         self.encoder = nn.Sequential(
             nn.Conv2d(3, 16, 5, 2, 2), nn.LeakyReLU(0.1), nn.Conv2d(16, self.FEATURES, 3, 1, 1), nn.LeakyReLU(0.1)
         )
         self.profile = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, self.HEADS))
-        self.mix = nn.Conv2d(self.HYPOTHESES * (2 + self.HEADS), 64, 1)
-        self.place = nn.Linear(self.HYPOTHESES * 3, 64)
-        self.stem = Block(64 + 2 * self.FEATURES + 2, w1)
+        self.mix = nn.Conv2d(count * (3 + self.HEADS), 64, 1)
+        self.place = nn.Linear(count * 3, 64)
+        self.stem = Block(64 + 2 * self.FEATURES + 3, w1)
         self.down2, self.down3, self.down4 = Block(w1, w2, 2), Block(w2, w3, 2), Block(w3, w4, 2)
         self.up3, self.up2, self.up1 = Block(w4 + w3, w3), Block(w3 + w2, w2), Block(w2 + w1, w1)
-        self.logit = nn.Conv2d(w1, self.HYPOTHESES, 3, 1, 1)
+        self.logit = nn.Conv2d(w1, count, 3, 1, 1)
         self.temperature = nn.Parameter(torch.tensor(8.0))  # a clear minimum of the cost is a clear answer
+        self.trust = nn.Parameter(torch.tensor(1.0))  # in the sweep's answer
+        self.guide = nn.Conv2d(w1 + 4, 32, 3, 1, 1)
+        self.detail = nn.Conv2d(32, 4 * (9 + self.CONTEXT), 1)
+        self.fine = nn.Sequential(
+            nn.Conv2d(self.CONTEXT + 11, self.FINE, 3, 1, 1),
+            nn.LeakyReLU(0.1),
+            nn.Conv2d(self.FINE, self.FINE, 3, 1, 2, dilation=2),
+            nn.LeakyReLU(0.1),
+            nn.Conv2d(self.FINE, self.FINE, 3, 1, 1),
+            nn.LeakyReLU(0.1),
+        )
+        self.answer = nn.Conv2d(self.FINE, 3, 1)
         self.sharp = nn.Conv2d(self.FEATURES, 1, 1)
         self.sharp_gain = nn.Parameter(torch.tensor(0.5))
-        self.guide = nn.Conv2d(w1 + 12, 32, 3, 1, 1)
-        self.detail = nn.Conv2d(32, 4 * 9 + 12 + 4, 1)
-        for head in (self.logit, self.detail, self.sharp):
+        self.touch = nn.Conv2d(self.FINE, 3, 1)
+        for head in (self.logit, self.detail, self.answer, self.sharp, self.touch):
             nn.init.normal_(head.weight, std=1e-3)
             nn.init.constant_(head.bias, 0.0)  # type: ignore[arg-type]
+        with torch.no_grad():
+            self.answer.bias[0] = -1.0  # type: ignore[index]
 
     def forward(
         self,
@@ -140,8 +189,9 @@ class DefaultNet(nn.Module):
         focus_dpt: Tensor,
         kappa: Tensor,
         valid: Tensor | None = None,
-        context: Photometry | None = None,
-        evidence: Evidence | None = None,
+        prior: Prior | None = None,
+        *,
+        with_aif: bool = True,
     ) -> NetworkOutput:
         """Depth and all-in-focus image of a batch of stacks.
 
@@ -150,37 +200,44 @@ class DefaultNet(nn.Module):
             focus_dpt: focus settings, (B, S).
             kappa: CoC pixels per dioptre, (B, S).
             valid: (B, S, H, W), False where a frame has no data (after alignment); None means everywhere.
-            context: of the picture that `frames` are a tile of; B must be 1.
-            evidence: `sweep_cost` and what smoothing made of it in that picture, (D, h, w) each.
+            prior: what the plane sweep knows, if it was asked before; None asks it.
+            with_aif: whether to make the all-in-focus image.
         """
         size_b, size_s, _, height, width = frames.shape
         half = (height // 2, width // 2)
-        hypotheses = place_hypotheses(focus_dpt, kappa, self.HYPOTHESES)
+        hypotheses = place_hypotheses(focus_dpt, kappa)
+        tested = hypotheses.dpt[:, :, None, None]
         coc_px = kappa[:, None, :] * (focus_dpt[:, None, :] - hypotheses.dpt[:, :, None])  # (B, D, S)
+        px_per_dpt = kappa.mean(1)[:, None, None, None]
 
         with torch.no_grad():
-            scaled, gain, _ = _scaled(frames, context)
-            if evidence is None:
-                cost, guides = self.sweep_cost(frames, focus_dpt, kappa, valid, context)
-                smooth = torch.stack([self.smoothed(c, g) for c, g in zip(cost, guides, strict=True)])
-            else:
-                cost, smooth = evidence.cost[None], evidence.total[None]
+            if prior is None:
+                valids = [None] * size_b if valid is None else list(valid)
+                stacks = zip(frames, focus_dpt, kappa, valids, strict=True)
+                prior = Prior(*map(torch.cat, zip(*(sweep_prior(*stack) for stack in stacks), strict=True)))
+            swept, swept_error_px = prior.inverse_depth_dpt, prior.error_px
+            cost, smooth = mean_2x2(prior.cost), mean_2x2(prior.total)
             least, typical = cost.amin(1, keepdim=True), cost.mean(1, keepdim=True)
             smooth = smooth - smooth.amin(1, keepdim=True)
             base = -smooth / (1.0 + smooth / self.SATURATION)  # (B, D, h, w): a hypothesis is never ruled out
-            mean_luma = scaled.mean((1, 2))[:, None]
-            local = F.avg_pool2d(mean_luma, 9, 1, 4, count_include_pad=False) + 0.05
+            error_px = swept_error_px[..., ::2, ::2]
+            away = ((tested - swept[..., ::2, ::2]) * px_per_dpt).abs() / (error_px + 0.5)
+            answer = -away / (1.0 + away / 4.0)
+            local = F.avg_pool2d(frames.mean((1, 2))[:, None], 9, 1, 4, count_include_pad=False)
+            local = local + 0.05 * prior.brightness
+            edges = prior.sharp * (prior.brightness / GREY) / local - 1.0
 
         # local contrast, normalised alike in all frames of a stack
-        seen = (scaled / local[:, :, None] - 1.0).flatten(0, 1)
-        features = self.encoder(seen).unflatten(0, (size_b, size_s))  # (B, S, heads * per_head, h, w)
+        contrast = (frames / local[:, :, None] - 1.0).flatten(0, 1)
+        features = self.encoder(contrast).unflatten(0, (size_b, size_s))  # (B, S, heads * per_head, h, w)
         weights = self._frame_weights(coc_px, valid, half)
         pooled = _pool_frames(weights, features[:, :, : self.HEADS])  # (B, D, heads, h, w)
 
         where = self.place(self._hypothesis_features(coc_px, hypotheses.step_px).flatten(1))[..., None, None]
-        volume = torch.cat([(cost - least).clamp_max(4.0) / 2, base, pooled.flatten(1, 2)], 1)
+        volume = torch.cat([(cost - least).clamp_max(4.0) / 2, base, answer, pooled.flatten(1, 2)], 1)
         mixed = F.leaky_relu(self.mix(volume) + where, 0.1)
-        x1 = self.stem(torch.cat([mixed, features.mean(1), features.amax(1), least - 0.7, typical - 1.5], 1))
+        signs = [least - 0.7, typical - 1.5, error_px.log()]
+        x1 = self.stem(torch.cat([mixed, features.mean(1), features.amax(1), *signs], 1))
         x2 = self.down2(x1)
         x3 = self.down3(x2)
         x = self.down4(x3)
@@ -188,48 +245,51 @@ class DefaultNet(nn.Module):
         x = self.up2(torch.cat([_twice(x), x2], 1))
         x = self.up1(torch.cat([_twice(x), x1], 1))
 
-        logits = F.softplus(self.temperature) * base + self.BOUND * torch.tanh(self.logit(x) / self.BOUND)
+        change = self.BOUND * torch.tanh(self.logit(x) / self.BOUND)
+        logits = F.softplus(self.temperature) * base + F.softplus(self.trust) * answer + change
         probability = logits.softmax(1)
-        mean = (probability * hypotheses.dpt[:, :, None, None]).sum(1, keepdim=True)  # (B, 1, h, w)
-        variance = (probability * (hypotheses.dpt[:, :, None, None] - mean) ** 2).sum(1, keepdim=True)
+        mean = (probability * tested).sum(1, keepdim=True)  # (B, 1, h, w)
+        variance = (probability * (tested - mean) ** 2).sum(1, keepdim=True)
 
-        sharpness = self.sharp(features.flatten(0, 1)).unflatten(0, (size_b, size_s))[:, :, 0]  # (B, S, h, w)
-        aif = self._fuse(frames, _twice(mean), focus_dpt, kappa, _twice(sharpness), valid)
-        guide = F.pixel_unshuffle(aif / gain[:, 0] / local - 1.0, 2)
-        detail = self.detail(F.leaky_relu(self.guide(torch.cat([x, guide], 1)), 0.1))
+        # full size
+        detail = self.detail(F.leaky_relu(self.guide(torch.cat([x, F.pixel_unshuffle(edges, 2)], 1)), 0.1))
         neighbours = detail[:, :36].unflatten(1, (9, 4)).softmax(1)
-        inverse_depth = _convex_twice(mean, neighbours)
-        second = _convex_twice(variance + mean**2, neighbours)
-        kappa_ref = kappa.mean(1)[:, None, None, None]
-        floor_px = F.softplus(F.pixel_shuffle(detail[:, 48:52], 2) - 1.5)
-        std = ((second - inverse_depth**2).clamp_min(0.0) + (floor_px / kappa_ref) ** 2).sqrt()
-
+        opinion = _convex_twice(mean, neighbours)
+        spread_px = (_convex_twice(variance, neighbours).clamp_min(0.0).sqrt() * px_per_dpt + 0.1).log()
+        away_px = (opinion - swept) * px_per_dpt
+        signs = [edges, spread_px, swept_error_px.log(), torch.tanh(away_px), torch.tanh(away_px / 6)]
+        around = self._cost_around(prior.cost, swept, opinion, hypotheses)
+        fine = self.fine(torch.cat([F.pixel_shuffle(detail[:, 36:], 2), *signs, around], 1))
+        follow, beyond, doubt = self.answer(fine).split(1, 1)
+        inverse_depth = swept + torch.sigmoid(follow) * (opinion - swept)
+        inverse_depth = inverse_depth + self.FINE_BOUND_PX * torch.tanh(beyond / self.FINE_BOUND_PX) / px_per_dpt
+        std = (0.5 * (spread_px + swept_error_px.log()) + doubt.clamp(-4.0, 4.0)).exp() / px_per_dpt
+        if not with_aif:
+            return NetworkOutput(inverse_depth, std, None, logits, opinion)
+        sharpness = self.sharp(features.flatten(0, 1)).unflatten(0, (size_b, size_s))[:, :, 0]  # (B, S, h, w)
         aif = self._fuse(frames, inverse_depth, focus_dpt, kappa, _twice(sharpness), valid)
-        touch = 0.3 * torch.tanh(F.pixel_shuffle(detail[:, 36:48], 2))
-        return NetworkOutput(inverse_depth, std, aif + touch * local * gain[:, 0], logits)
-
-    def sweep_cost(
-        self,
-        frames: Tensor,
-        focus_dpt: Tensor,
-        kappa: Tensor,
-        valid: Tensor | None = None,
-        context: Photometry | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """What the plane sweep knows: cost of each hypothesis (B, D, h, w), and the guide (B, h, w) of `smoothed`.
-
-        Arguments as in `forward`. No pixel depends on what is farther away than the widest blur.
-        """
-        scaled, _, context = _scaled(frames, context)
-        tested = place_hypotheses(focus_dpt, kappa, self.HYPOTHESES).dpt
-        # spelled out, apart from the sweep's own defaults, because trained weights depend on them
-        cost = cost_volume(scaled, focus_dpt, kappa, tested, valid=valid, psf="disc", window_px=5, context=context)
-        return mean_2x2(cost), mean_2x2((0.25 * scaled.mean(2)).median(1).values.sqrt())
+        aif = aif + 0.3 * torch.tanh(self.touch(fine)) * local
+        return NetworkOutput(inverse_depth, std, aif, logits, opinion)
 
     @staticmethod
-    def smoothed(cost: Tensor, guide: Tensor, **where: Any) -> Tensor:
-        """`semi_global` of one stack's `sweep_cost`, (D, h, w), with the settings that trained weights depend on."""
-        return semi_global(cost, guide, small_step=0.2, jump=3.0, edge=8.0, **where)
+    def _cost_around(cost: Tensor, swept: Tensor, opinion: Tensor, hypotheses: Hypotheses) -> Tensor:
+        """What `cost` (B, D, H, W) says of two depths (B, 1, H, W): six channels, without a gradient.
+
+        Of the first: the step to the minimum of a parabola, slope, bend and value; of the second its value over the
+        first's; and the spacing of the hypotheses.
+        """
+        with torch.no_grad():
+            last = cost.shape[1] - 1
+            low, high = (hypotheses.dpt[:, i, None, None, None] for i in (0, -1))
+            place, other = (((q - low) / (high - low) * last).nan_to_num() for q in (swept, opinion))
+            middle = place.round().clamp(1, last - 1)
+            left, centre, right = (cost.gather(1, (middle + o).long()) for o in (-1, 0, 1))
+            there = cost.gather(1, other.round().clamp(0, last).long())
+            bend, slope = left - 2 * centre + right, (right - left) / 2
+            step = (-slope / bend.clamp_min(0.02)).clamp(-1.5, 1.5) - (place - middle).clamp(-1.5, 1.5)
+            spacing = hypotheses.step_px.log()[:, None, None, None].expand_as(step) / 2
+            signs = [step, slope.clamp(-2, 2), (1 + 8 * bend.clamp(0.0, 4.0)).log(), (centre - 0.7).clamp(-1, 3)]
+            return torch.cat([*signs, (there - centre).clamp(-3, 3), spacing], 1)
 
     def _frame_weights(self, coc_px: Tensor, valid: Tensor | None, half: tuple[int, int]) -> Tensor:
         """Weights of the frames at each hypothesis, a function of signed CoC only; (B, D, S, heads[, h, w])."""
@@ -264,7 +324,7 @@ class DefaultNet(nn.Module):
         sharpness: Tensor,
         valid: Tensor | None,
     ) -> Tensor:
-        """Frames averaged with weights that fall with their blur at `inverse_depth`; (B, 3, H, W)."""
+        """`frames` (B, S, C, H, W) averaged with weights that fall with their blur at `inverse_depth`; (B, C, H, W)."""
         coc = (kappa[:, :, None, None] * (focus_dpt[:, :, None, None] - inverse_depth)).abs()
         logits = sharpness - F.softplus(self.sharp_gain) * coc
         if valid is not None:
@@ -362,10 +422,11 @@ class PaperNet(nn.Module):
         focus_dpt: Tensor,
         kappa: Tensor,
         valid: Tensor | None = None,
-        context: Photometry | None = None,
-        evidence: Evidence | None = None,
+        prior: Prior | None = None,
+        *,
+        with_aif: bool = True,
     ) -> NetworkOutput:
-        """As `DefaultNet.forward`; the last three are not used, the published network knows no optics."""
+        """As `DefaultNet.forward`; the last four are not used, the published network knows no optics."""
         raw = self.raw(frames, 1.0 / focus_dpt.clamp_min(1e-2))
         inverse_depth = 1.0 / self.depth_m(raw).clamp_min(self.near_m)
         return NetworkOutput(inverse_depth, torch.full_like(inverse_depth, torch.nan), raw[:, :3].clamp(0.0, 1.0))

@@ -40,6 +40,7 @@ SHEET_EDGE = 60.0  # how fast an image edge cuts it; per unit of the square root
 SHEET_STEP = 0.5  # how fast a depth step cuts it; per pixel of CoC
 SHEET_MOST_PX = 3.0  # larger depth steps cut no more: without texture they are wild guesses, not edges
 DETAIL_SIGMA_PX = 2.0  # what a Gaussian of this width leaves is compared
+GREY = 0.25  # mean brightness that pictures are brought to before their edges are judged
 DETAIL_NOISE_SHARE = 1 - 3 / (4 * math.pi * DETAIL_SIGMA_PX**2)  # of white noise's variance in that
 CPU_STRIP, GPU_STRIP = 1 << 22, 1 << 27  # values smoothed at once
 
@@ -82,11 +83,6 @@ class Photometry(NamedTuple):
     noise: Tensor
     brightness: Tensor
 
-    def scaled(self, factor: Tensor) -> Photometry:
-        """The same for frames multiplied by `factor`, a scalar."""
-        square = factor.square()
-        return Photometry(self.exposure, self.luma_noise * square, self.noise * square, self.brightness * factor)
-
 
 class Evidence(NamedTuple):
     """What the frames say of every hypothesis.
@@ -100,12 +96,27 @@ class Evidence(NamedTuple):
     total: Tensor
 
 
+class Swept(NamedTuple):
+    """What the sweep makes of the evidence.
+
+    Attributes:
+        inverse_depth_dpt: 1/m, (H, W).
+        error_px: the error to expect of it, 68 % being smaller, px of CoC, (H, W).
+        sharp: brightness of the frame that is sharpest there, the mean of all frames being GREY; (H, W).
+    """
+
+    inverse_depth_dpt: Tensor
+    error_px: Tensor
+    sharp: Tensor
+
+
 def photometry(frames: Tensor, valid: Tensor | None = None) -> Photometry:
     """The `Photometry` of `frames` (S, 3, H, W), `valid` (S, H, W)."""
     luma, _ = filled_luma(frames, valid)
     exposure = relative_exposure(luma)
     noise = channel_noise_variance(filled_frames(frames, valid)[0])
-    return Photometry(exposure, noise_variance(luma * exposure[:, None, None]), noise, torch.nan_to_num(frames).mean())
+    brightness = torch.nan_to_num(frames).mean().clamp_min(1e-4)
+    return Photometry(exposure, noise_variance(luma * exposure[:, None, None]), noise, brightness)
 
 
 def plane_sweep(
@@ -127,24 +138,46 @@ def plane_sweep(
     config = config or SweepConfig()
     tested = hypotheses(focus_dpt, kappa, config.hypotheses, config.beyond_px).to(frames.device)
     context = context or photometry(frames, valid)
-    if evidence is None:
-        cost, guide = sweep_cost(frames, focus_dpt, kappa, valid, config, context)
-        evidence = Evidence(cost, smoothed(cost, guide, config))
-    cost, total = evidence
+    evidence = evidence or gather_evidence(frames, focus_dpt, kappa, valid, config, context)
+    swept = conclude(frames, focus_dpt, kappa, valid, evidence, tested, context)
+    std = swept.error_px / kappa.mean()
+    aif = fuse(frames, focus_dpt, kappa, swept.inverse_depth_dpt, std, valid=valid, noise=context.noise)
+    return Estimate(swept.inverse_depth_dpt, std, 1.0 / (1.0 + swept.error_px), aif)
+
+
+def gather_evidence(
+    frames: Tensor,
+    focus_dpt: Tensor,
+    kappa: Tensor,
+    valid: Tensor | None,
+    config: SweepConfig,
+    context: Photometry,
+) -> Evidence:
+    """The `Evidence` of a whole picture; arguments as for `plane_sweep`."""
+    cost, guide = sweep_cost(frames, focus_dpt, kappa, valid, config, context)
+    return Evidence(cost, smoothed(cost, guide, config))
+
+
+def conclude(
+    frames: Tensor,
+    focus_dpt: Tensor,
+    kappa: Tensor,
+    valid: Tensor | None,
+    evidence: Evidence,
+    tested_dpt: Tensor,
+    context: Photometry,
+) -> Swept:
+    """Depth from `evidence` on the hypotheses `tested_dpt` (N,); the rest as for `plane_sweep`."""
     px_per_dpt = kappa.mean()
-    found = peak(total, tested)
+    found = peak(evidence.total, tested_dpt)
     rough_error_px = expected_error_px(
         found * px_per_dpt,
-        peak(cost, tested) * px_per_dpt,
+        peak(evidence.cost, tested_dpt) * px_per_dpt,
         focus_dpt.min() * px_per_dpt,
         focus_dpt.max() * px_per_dpt,
     )
-    sharp = sharpest_luma(frames, focus_dpt, kappa, found, valid)
-    inverse_depth, error_px = spread_evidence(found, rough_error_px, px_per_dpt, sharp)
-    std = error_px / px_per_dpt
-    confidence = 1.0 / (1.0 + error_px)
-    aif = fuse(frames, focus_dpt, kappa, inverse_depth, std, valid=valid, noise=context.noise)
-    return Estimate(inverse_depth, std, confidence, aif)
+    sharp = sharpest_luma(frames, focus_dpt, kappa, found, valid) * (GREY / context.brightness)
+    return Swept(*spread_evidence(found, rough_error_px, px_per_dpt, sharp), sharp)
 
 
 def sweep_cost(
@@ -153,7 +186,7 @@ def sweep_cost(
     kappa: Tensor,
     valid: Tensor | None,
     config: SweepConfig,
-    context: Photometry | None,
+    context: Photometry,
 ) -> tuple[Tensor, Tensor]:
     """What `plane_sweep` smooths: cost (N, H, W), and the image (H, W) whose edges it heeds. No pixel of either
     depends on what is farther away than the widest blur."""
@@ -161,7 +194,8 @@ def sweep_cost(
     own = (frames[None], focus_dpt[None], kappa[None])
     seen = None if valid is None else valid[None]
     cost = cost_volume(*own, tested, valid=seen, psf=config.psf, window_px=config.window_px, context=context)[0]
-    return cost, torch.nan_to_num(frames).clamp_min(0).mean(1).median(0).values.sqrt()
+    typical = torch.nan_to_num(frames).clamp_min(0).mean(1).median(0).values
+    return cost, (typical * (GREY / context.brightness)).sqrt()
 
 
 def smoothed(cost: Tensor, guide: Tensor, config: SweepConfig, **where: Any) -> Tensor:

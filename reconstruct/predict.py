@@ -17,8 +17,8 @@ from capture.errors import DataError
 from reconstruct.checkpoint import DEFAULT_WEIGHTS, load_weights
 from reconstruct.estimate import Estimate
 from reconstruct.fusion import fuse
-from reconstruct.network import DefaultNet, PaperNet, build
-from reconstruct.plane_sweep import Evidence, Photometry, expected_error_px
+from reconstruct.network import DefaultNet, PaperNet, Prior, build, sweep_prior
+from reconstruct.plane_sweep import Evidence, Photometry, photometry
 
 MULTIPLE = 16  # both networks halve the image four times at most
 
@@ -29,7 +29,7 @@ class TrainedNetwork:
 
     Attributes:
         identity: "default" or the file's name, and the first digits of the weights' SHA-256.
-        std_gain, std_floor_px: calibration, std = hypot(gain * combined spread, floor) in px of CoC.
+        std_gain, std_floor_px: calibration, std = hypot(gain * the network's spread, floor) in px of CoC.
         about: the whole JSON beside the weights.
     """
 
@@ -103,37 +103,29 @@ def predict(
     """
     height, width = frames.shape[-2:]
     frames = torch.nan_to_num(frames)
-    valid = frames.new_ones(frames[:, 0].shape, dtype=torch.bool) if valid is None else valid
-    larger, seen = padded(frames, valid)
-    partly = None if bool(valid.all()) else seen[None]
-    output = model.net(larger[None], focus_dpt[None], kappa[None], partly, context, evidence)
-    depth, std, aif = (x[0, :, :height, :width] for x in (output.inverse_depth_dpt, output.std_dpt, output.aif))
-    depth, std = depth[0], std[0]
-    if model.preset == "default":
-        spread_px = combined_spread_px(depth, std, focus_dpt, kappa)
-        std = torch.hypot(model.std_gain * spread_px, spread_px.new_tensor(model.std_floor_px)) / kappa.mean()
-        noise = None if context is None else context.noise
-        aif = fuse(frames, focus_dpt, kappa, depth, std, valid=valid, noise=noise)
+    partly = None if valid is None or bool(valid.all()) else valid
+    mask = None if partly is None else _padded(partly)[None]
+    tensors = _padded(frames)[None], focus_dpt[None], kappa[None], mask
+    if isinstance(model.net, DefaultNet):
+        context = context or photometry(frames, partly)
+        prior = sweep_prior(frames, focus_dpt, kappa, partly, context=context, evidence=evidence)
+        output = model.net(*tensors, Prior(*[*map(_padded, prior[:-1]), prior.brightness]), with_aif=False)
+    else:
+        output = model.net(*tensors)
+    depth, std = (x[0, 0, :height, :width] for x in (output.inverse_depth_dpt, output.std_dpt))
+    if output.aif is None:
+        std = torch.hypot(model.std_gain * std, model.std_floor_px / kappa.mean())
+        aif = fuse(frames, focus_dpt, kappa, depth, std, valid=valid, noise=None if context is None else context.noise)
+    else:
+        aif = output.aif[0, :, :height, :width]
     confidence = torch.nan_to_num(1.0 / (1.0 + std * kappa.mean()))  # no spread, no confidence
     return Estimate(depth.clamp_min(0.0) if metric else depth, std, confidence, aif.clamp_min(0.0), metric)
 
 
-def combined_spread_px(depth_dpt: Tensor, std_dpt: Tensor, focus_dpt: Tensor, kappa: Tensor) -> Tensor:
-    """Spread of one map in px of CoC, (H, W): geometric mean of the network's own and of what the map's shape says.
-
-    Each knows what the other does not: on 8 scenes AUSE is 0.33 with the network's spread, 0.28 with the plane
-    sweep's signs of trouble, 0.23 with both.
-    """
-    px_per_dpt = kappa.mean()
-    found = depth_dpt * px_per_dpt
-    signs = expected_error_px(found, found, focus_dpt.min() * px_per_dpt, focus_dpt.max() * px_per_dpt)
-    return (signs * std_dpt * px_per_dpt).sqrt()
-
-
-def padded(frames: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """`frames` (S, 3, H, W) and `valid` (S, H, W) mirrored at the lower and right edge up to multiples of 16."""
-    rows, cols = (_mirrored(length, frames.device) for length in frames.shape[-2:])
-    return tuple(x.index_select(-2, rows).index_select(-1, cols) for x in (frames, valid))  # type: ignore[return-value]
+def _padded(x: Tensor) -> Tensor:
+    """`x` (..., H, W) mirrored at the lower and right edge up to multiples of 16."""
+    rows, cols = (_mirrored(length, x.device) for length in x.shape[-2:])
+    return x.index_select(-2, rows).index_select(-1, cols)
 
 
 def _mirrored(length: int, device: torch.device) -> Tensor:

@@ -27,7 +27,6 @@ from capture.errors import DataError, UsageError
 from reconstruct.checkpoint import latest_state, load_state, save_state, save_weights
 from reconstruct.dataset import ScenePool, SimulatedBatches, StackBatch
 from reconstruct.network import DefaultNet, NetworkOutput, PaperNet, build, place_hypotheses
-from reconstruct.predict import combined_spread_px
 
 
 class TrainConfig(BaseModel):
@@ -37,21 +36,22 @@ class TrainConfig(BaseModel):
 
     preset: Literal["default", "paper"] = "default"
     seed: int = 1
-    steps: int = Field(2200, ge=1)
-    batch: int = Field(6, ge=1)
-    crop_px: int = Field(128, ge=32, multiple_of=16)
-    scenes: int = Field(675, ge=1, description="simulated scenes in the pool")
-    first_scenes: int = Field(300, ge=1, description="scenes used by the first step; one more with every 16 stacks")
+    steps: int = Field(3200, ge=1)
+    batch: int = Field(5, ge=1)
+    crop_px: int = Field(160, ge=32, multiple_of=16)
+    scenes: int = Field(2000, ge=1, description="simulated scenes in the pool")
+    first_scenes: int = Field(400, ge=1, description="scenes used by the first step; one more with every 8 stacks")
     held_out_scenes: int = Field(24, ge=1, description="simulated scenes for validation only")
-    scene_px: int = Field(144, ge=32)
+    scene_px: int = Field(208, ge=32)
     learning_rate: float = Field(6e-4, gt=0)
-    warmup_steps: int = Field(50, ge=0)
+    warmup_steps: int = Field(100, ge=0)
     weight_decay: float = Field(1e-4, ge=0)
     gradient_clip: float = Field(1.0, gt=0)
-    ema_decay: float = Field(0.99, ge=0, lt=1)
+    ema_decay: float = Field(0.995, ge=0, lt=1)
+    opinion_weight: float = Field(0.5, ge=0)
     gradient_weight: float = Field(0.5, ge=0)
     distribution_weight: float = Field(0.5, ge=0)
-    spread_weight: float = Field(0.05, ge=0)
+    spread_weight: float = Field(0.1, ge=0)
     aif_weight: float = Field(2.0, ge=0)
     checkpoint_seconds: float = Field(150.0, gt=0)
     keep: Literal["last", "best"] = Field("last", description="which averaged weights are the result")
@@ -70,6 +70,7 @@ class SupervisedTerms(NamedTuple):
     """Weighted loss terms against simulated truth; their sum is minimised."""
 
     depth: Tensor
+    opinion: Tensor
     gradient: Tensor
     distribution: Tensor
     spread: Tensor
@@ -79,21 +80,25 @@ class SupervisedTerms(NamedTuple):
 def supervised_terms(output: NetworkOutput, batch: StackBatch, config: TrainConfig) -> SupervisedTerms:
     """Losses of a batch with truth. Depth errors count in pixels of CoC diameter, the same for every lens.
 
-    depth: smooth L1 (beta 0.5 px); gradient: L1 of its differences at steps of 1 and 4 px; distribution: cross
-    entropy of the hypotheses against truth spread linearly over the two nearest; spread: negative log-likelihood of
-    a Laplace distribution whose standard deviation is the network's, with the error held fixed; aif: L1 in a gamma
-    of 2.
+    depth: smooth L1 (beta 0.1 px), so that small errors count as much as large ones; opinion: the same for the mean of
+    the distribution; gradient: L1 of the error's differences at steps of 1 and 4 px; distribution: cross entropy of the
+    hypotheses against truth spread linearly over the two nearest; spread: negative log-likelihood of a Laplace
+    distribution whose standard deviation is the network's, with the error held fixed; aif: L1 in a gamma of 2.
     """
     assert batch.inverse_depth_dpt is not None
     assert batch.aif is not None
+    assert output.aif is not None
+    assert output.opinion_dpt is not None
     kappa = batch.kappa.mean(1)[:, None, None, None]
-    hypotheses = place_hypotheses(batch.focus_dpt, batch.kappa, output.logits.shape[1])  # type: ignore[union-attr]
+    hypotheses = place_hypotheses(batch.focus_dpt, batch.kappa)
     low, high = (hypotheses.dpt[:, i, None, None, None] for i in (0, -1))
     known = torch.isfinite(batch.inverse_depth_dpt)
     truth = torch.where(known, batch.inverse_depth_dpt, low).clamp(low, high)
     error_px = (output.inverse_depth_dpt - truth) * kappa * known
     share = known.float().mean().clamp_min(1e-6)
-    depth = F.smooth_l1_loss(error_px, torch.zeros_like(error_px), beta=0.5) / share
+    depth = F.smooth_l1_loss(error_px, torch.zeros_like(error_px), beta=0.1) / share
+    other_px = (output.opinion_dpt - truth) * kappa * known
+    opinion = F.smooth_l1_loss(other_px, torch.zeros_like(other_px), beta=0.1) / share
     gradient = torch.zeros_like(depth)
     for step in (1, 4):
         both_x, both_y = known[..., step:] & known[..., :-step], known[..., step:, :] & known[..., :-step, :]
@@ -111,6 +116,7 @@ def supervised_terms(output: NetworkOutput, batch: StackBatch, config: TrainConf
     aif = (output.aif.clamp_min(1e-4).sqrt() - batch.aif.clamp_min(1e-4).sqrt()).abs().mean()
     return SupervisedTerms(
         depth,
+        config.opinion_weight * opinion,
         config.gradient_weight * gradient / 4,
         config.distribution_weight * distribution,
         config.spread_weight * spread,
@@ -212,7 +218,7 @@ def validate(model: nn.Module, batches: list[StackBatch]) -> dict[str, float]:
 
 
 def calibrate_spread(model: nn.Module, batches: list[StackBatch]) -> dict[str, float]:
-    """Gain and floor that make the combined spread honest, std = hypot(gain * spread, floor), in px of CoC.
+    """Gain and floor that make the network's spread honest, std = hypot(gain * spread, floor), in px of CoC.
 
     Over the pixels of `batches`, 68 % of the errors shall be below one std; of all such pairs, the one under which a
     Laplace distribution of that std finds the errors likeliest.
@@ -227,8 +233,7 @@ def calibrate_spread(model: nn.Module, batches: list[StackBatch]) -> dict[str, f
             depth, truth = output.inverse_depth_dpt[b, 0], batch.inverse_depth_dpt[b, 0]
             known = torch.isfinite(truth)
             errors.append(((depth - truth) * kappa.mean()).abs()[known][::7])
-            combined = combined_spread_px(depth, output.std_dpt[b, 0], batch.focus_dpt[b], kappa)
-            spreads.append(combined[known][::7])
+            spreads.append((output.std_dpt[b, 0] * kappa.mean())[known][::7])
     error, spread = torch.cat(errors), torch.cat(spreads)
     best = (math.inf, 1.0, 0.0)
     for floor in (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4):

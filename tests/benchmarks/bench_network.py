@@ -170,7 +170,7 @@ FIGURES = ("abs_rel", "mae_dpt", "mae_coc_px", "median_coc_px", "rmse_coc_px", "
 def print_rows(rows: Rows, title: str, *, each: bool = False) -> None:
     """Means over scenes of every method, and with `each` the scenes' MAE."""
     print(f"\n{title}: means over {len(rows)} scenes; px are of blur std (CoC / 4)")
-    print(f"{'method':9} AbsRel  MAE dpt  MAE px  median  RMSE px  edges  rest   AUSE  1 std  cut70  at most   PSNR  CPU s")
+    print(f"{'method':9} AbsRel  MAE dpt  MAE px  median  RMSE px  edges  rest   AUSE  1 std  cut70 (most)  PSNR  CPU s")
     for method in next(iter(rows.values())):
         m = {name: float("nan") for name in metrics.LABELS} | {"cpu_s": float("nan")} | means(rows, method)
         px = [m[name] / 4 for name in FIGURES[2:]]

@@ -95,7 +95,7 @@ def test_overfits_one_batch(tmp_path):
         fit(
             net,
             task,
-            TINY.model_copy(update={"steps": 15, "learning_rate": 3e-3, "ema_decay": 0.0}),
+            TINY.model_copy(update={"steps": 25, "learning_rate": 1e-3, "ema_decay": 0.0}),
             tmp_path,
             device=CPU,
         )
@@ -164,9 +164,10 @@ def test_exact_answer_costs_next_to_nothing():
     batch = ToyTask().data
     net = new_net()
     output = net(batch.frames, batch.focus_dpt, batch.kappa)
-    exact = NetworkOutput(batch.inverse_depth_dpt, output.std_dpt, batch.aif, output.logits)
+    exact = NetworkOutput(batch.inverse_depth_dpt, output.std_dpt, batch.aif, output.logits, batch.inverse_depth_dpt)
     terms = supervised_terms(exact, batch, TINY)
     assert terms.depth < 1e-6
+    assert terms.opinion < 1e-6
     assert terms.gradient < 1e-6
     assert terms.aif < 1e-6
 
@@ -176,7 +177,8 @@ def test_depth_loss_counts_blur_not_dioptres():
     batch = ToyTask().data
     output = new_net()(batch.frames, batch.focus_dpt, batch.kappa)
     scaled = StackBatch(batch.frames, batch.focus_dpt / 10, batch.kappa * 10, batch.inverse_depth_dpt / 10, batch.aif)
-    tenth = output._replace(inverse_depth_dpt=output.inverse_depth_dpt / 10, std_dpt=output.std_dpt / 10)
+    depths = (output.inverse_depth_dpt / 10, output.std_dpt / 10, output.opinion_dpt / 10)
+    tenth = NetworkOutput(depths[0], depths[1], output.aif, output.logits, depths[2])
     with torch.no_grad():
         pairs = zip(supervised_terms(output, batch, TINY), supervised_terms(tenth, scaled, TINY), strict=True)
     for one, two in pairs:
@@ -321,7 +323,7 @@ def run(*arguments):
 def test_dry_run_prints_the_plan(tmp_path, stack_file):
     result = run(stack_file, "-o", tmp_path / "run", "--dry-run", "--device", "cpu")
     assert result.exit_code == 0
-    assert "150 of 4 crops of 128 px" in result.stdout
+    assert "150 of 4 crops of 160 px" in result.stdout
     assert "GiB" in result.stdout
     assert not (tmp_path / "run").exists()
 
