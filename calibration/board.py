@@ -223,9 +223,10 @@ def write_pdf(board: Board, path: Path, paper: str) -> None:
         f"Print at 100 %, glue flat. This ruler must be {RULER_MM:g} mm long;"
     )
     second = "if it is not, pass its real length:  daif calibrate --ruler-mm LENGTH"
+    numbers = [f"BT /F1 2.2 Tf {left + mm - 0.6:.3f} {ruler_y - 2.4:.3f} Td ({mm}) Tj ET" for mm in range(0, 101, 50)]
     text = f"BT /F1 2.8 Tf {left + RULER_MM + 4:.3f} {ruler_y + 3:.3f} Td ({label}) Tj 0 -3.4 Td ({second}) Tj ET"
     to_mm = f"{72 / 25.4:.10f} 0 0 {72 / 25.4:.10f} 0 0 cm"
-    content = "\n".join([to_mm, "0 g", *black, "f", "0.1 w", *lines, "S", text])
+    content = "\n".join([to_mm, "0 g", *black, "f", "0.1 w", *lines, "S", *numbers, text])
     stream = zlib.compress(content.encode("ascii"))
     objects = [
         b"<< /Type /Catalog /Pages 2 0 R >>",

@@ -64,7 +64,8 @@ def drawn(n_boards: int, seed: int) -> tuple[BoardCamera, list[dict[str, float]]
     jitter_dpt = float(rng.choice([0.0, 0.002, 0.004]))
     if n_boards == 1:
         tilt = float(rng.uniform(48, 56) * rng.choice([-1, 1]))
-        return camera, [{"distance_m": rng.uniform(0.8, 0.95), "tilt_deg": tilt, "roll_deg": rng.uniform(-6, 6)}], jitter_dpt
+        pose = {"distance_m": rng.uniform(0.8, 0.95), "tilt_deg": tilt, "roll_deg": rng.uniform(-6, 6)}
+        return camera, [pose], jitter_dpt
     inverse = np.linspace(1.4, 0.7, n_boards) + rng.uniform(-0.1, 0.1, n_boards) / n_boards
     turns = rng.uniform((-8, -25, -8), (8, 25, 8), (n_boards, 3))
     poses = [
