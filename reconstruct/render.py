@@ -2,13 +2,16 @@
 
 Four models (`notes/forward-model.md` has the evidence):
 
-- `scatter` (default): every source pixel spreads its light. The scene is split into layers evenly spaced in inverse
-  depth; pixel p has the hat weight w_l(p) in layer l; with B_kl the blur of layer l in frame k,
+- `occlusion` (default): the scene is split into layers evenly spaced in inverse depth; pixel p has the hat weight
+  w_l(p) in layer l. Every layer is blurred as a whole and the layers are composited front to back. Colour and opacity
+  of layer l in frame k are divided by E_kl = B_kl(sum of w over l and everything behind it), B_kl being its blur, so
+  that soft neighbours of one surface add up to exactly 1.
+- `scatter`: the same layers without order, in a third of the time,
 
       out_k = sum_l B_kl(I w_l) / sum_l B_kl(w_l).
 
-- `occlusion`: the same layers composited front to back. Colour and opacity of layer l are divided by
-  E_kl = B_kl(sum of w over l and everything behind it), so that soft neighbours of one surface add up to exactly 1.
+  It was meant to be the default. But where a stack has real hidden background, the true depth does not minimise its
+  loss, while it does under `occlusion` (`python -m tests.benchmarks forward_model`).
 - `gather`: every pixel reads the image blurred by its *own* width. Wrong at depth edges, where truth loses to a
   smoothed depth; it serves the plane sweep only.
 - `published`: the operator of DEReD (arXiv 2303.10752, `notes/method.md` section 3), exact to its formula.
@@ -31,6 +34,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from capture.lens import coc_diameter_px
 
@@ -43,7 +47,7 @@ TILE_PX = 300  # side of the tiles that large images are rendered in: bounded me
 TAIL_SIGMAS = 4.5  # a Gaussian's reach: 7e-6 of its mass lies beyond
 LEAST_WEIGHT = 1e-3  # of a layer and everything behind it, below which it has no colour
 SCALE_KNEE, SCALE_RATIO = 0.3, 1.5  # of the gather's blur levels (notes/performance.md 1.1, last row)
-KEPT_BYTES = 128e6  # blurred layers up to this size are kept for the way back instead of being made again
+KEPT_BYTES = 128e6  # blurred layers or levels up to this size are kept for the way back, not made again
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ def render_stack(
     focus_dpt: Tensor,
     kappa: Tensor,
     *,
-    model: Model = "scatter",
+    model: Model = "occlusion",
     psf: PsfShape = "disc",
     gaussian_gain: float = 0.27,
     floor_px: float = 0.3,
@@ -641,14 +645,16 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, aif: Tensor, variance: Tensor) -> Tensor:
         scales = Scales.covering(variance)
         out = aif.new_empty(variance.shape[0], 3, *variance.shape[1:])
-        for tile in _tiles(variance.shape[1], variance.shape[2], scales.reach):
+        tiles = list(_tiles(variance.shape[1], variance.shape[2], scales.reach))
+        ctx.kept = None
+        for tile in tiles:
             spectrum = _tile_spectrum(tile, scales.reach, aif)
-            levels, _ = _levels(aif, tile, spectrum, scales)
-            index, weights, _ = scales.taps(variance[(..., *tile.proper)])
-            for channel in range(3):
-                flat = levels[:, channel].flatten(1)
-                mixed = (flat.gather(0, index.flatten(0, 1)).view_as(weights) * weights).sum(0)
-                out[(slice(None), channel, *tile.proper)] = mixed.view(variance.shape[0], *out[0, 0][tile.proper].shape)
+            levels, norm = _levels(aif, tile, spectrum, scales)
+            here = variance[(..., *tile.proper)]
+            taps = scales.taps(here)
+            if len(tiles) == 1 and 2 * levels.nbytes + norm.nbytes + 4 * taps.weights.nbytes <= KEPT_BYTES:
+                ctx.kept = levels, norm, taps
+            out[(..., *tile.proper)] = taps.mixed(levels, taps.weights).view(3, *here.shape).transpose(0, 1)
         ctx.save_for_backward(aif, variance)
         return out
 
@@ -660,21 +666,12 @@ class _Gather(torch.autograd.Function):
         grad_aif, grad_variance = torch.zeros_like(aif), torch.empty_like(variance)
         for tile in _tiles(variance.shape[1], variance.shape[2], scales.reach):
             spectrum = _tile_spectrum(tile, scales.reach, aif)
-            levels, norm = _levels(aif, tile, spectrum, scales)
             here = variance[(..., *tile.proper)]
-            index, weights, slopes = scales.taps(here)
-            flat_index = index.flatten(0, 1)
-            grad_here = torch.zeros_like(slopes[0])
-            grad_levels = torch.zeros_like(levels)
-            for channel in range(3):
-                grad = grad_out[(slice(None), channel, *tile.proper)].flatten(1)
-                taps = levels[:, channel].flatten(1).gather(0, flat_index).view_as(weights)
-                grad_here += (taps * slopes).sum(0) * grad
-                target = grad_levels[:, channel].flatten(1)
-                grad_levels[:, channel] = target.scatter_add_(0, flat_index, (weights * grad).flatten(0, 1)).view_as(
-                    grad_levels[:, channel]
-                )
-            grad_variance[(..., *tile.proper)] = grad_here.view_as(here)
+            levels, norm, taps = ctx.kept or (*_levels(aif, tile, spectrum, scales), scales.taps(here))
+            grad = grad_out[(..., *tile.proper)].transpose(0, 1)
+            slopes = taps.mixed(levels, taps.slopes).view(3, *here.shape)
+            grad_variance[(..., *tile.proper)] = slopes.mul_(grad).sum(0)
+            grad_levels = taps.spread(grad, len(levels))
             grad_levels = scales.pull_back(grad_levels)
             size = aif[(0, *tile.wide)].shape
             returned = spectrum.zeros(3)
@@ -684,6 +681,31 @@ class _Gather(torch.autograd.Function):
                 returned.addcmul_(spectrum.gaussian(variance_of_level), spectrum.forward(placed))
             grad_aif[(..., *tile.wide)] += spectrum.inverse(returned, *size)
         return grad_aif, grad_variance
+
+
+@dataclass(frozen=True)
+class Taps:
+    """Which four levels each pixel of each frame mixes, with what weights, and their derivatives by the variance.
+
+    All are (S * h * w, 4); `rows` numbers the pixels of all levels, (L, h, w) in order.
+    """
+
+    rows: Tensor
+    weights: Tensor
+    slopes: Tensor
+
+    def mixed(self, levels: Tensor, weights: Tensor) -> Tensor:
+        """Sum of `weights` times `levels` (L, 3, h, w), (3, S * h * w)."""
+        table = levels.flatten(2).mT.reshape(-1, 3)
+        return functional.embedding_bag(self.rows, table, mode="sum", per_sample_weights=weights).T
+
+    def spread(self, grad: Tensor, levels: int) -> Tensor:
+        """Adjoint of `mixed`: `grad` (3, S, h, w) given back to the levels, (L, 3, h, w)."""
+        returned = grad.new_zeros(3, levels, *grad.shape[2:])
+        rows = self.rows.flatten()
+        for target, part in zip(returned, grad, strict=True):
+            target.view(-1).scatter_add_(0, rows, (self.weights * part.reshape(-1, 1)).flatten())
+        return returned.transpose(0, 1)
 
 
 @dataclass(frozen=True)
@@ -710,13 +732,10 @@ class Scales:
     def reach(self) -> int:
         return math.ceil(TAIL_SIGMAS * math.sqrt(self.variances[-1]) + 2)
 
-    def taps(self, variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Which levels each pixel mixes, with what weights, and their derivatives by the variance: (4, S, h * w) each.
-
-        Level 0 of the mix is an extra one before the first (see `extended`).
-        """
-        flat = variance.flatten(1)
-        place = torch.log((SCALE_KNEE + flat) / (SCALE_KNEE + self.least)) / math.log(SCALE_RATIO)
+    def taps(self, variance: Tensor) -> Taps:
+        """What each pixel of `variance` (S, h, w) mixes. Level 0 of the mix is an extra one before the first."""
+        flat = variance.flatten()
+        place = torch.log((SCALE_KNEE + flat) / (SCALE_KNEE + self.least)).div_(math.log(SCALE_RATIO))
         cell = place.floor().clamp_(0, self.count - 3)
         t = place - cell
         rate = 1 / ((SCALE_KNEE + flat) * math.log(SCALE_RATIO))
@@ -726,7 +745,8 @@ class Scales:
                 ((3 * t - 5) * t * t + 2) / 2,
                 ((4 - 3 * t) * t + 1) * t / 2,
                 (t - 1) * t * t / 2,
-            ]
+            ],
+            -1,
         )
         slopes = torch.stack(
             [
@@ -734,10 +754,12 @@ class Scales:
                 (9 * t - 10) * t / 2,
                 ((8 - 9 * t) * t + 1) / 2,
                 (3 * t - 2) * t / 2,
-            ]
-        ).mul_(rate)
-        index = cell.long() + torch.arange(4, device=flat.device)[:, None, None]
-        return index, weights, slopes
+            ],
+            -1,
+        ).mul_(rate[:, None])
+        pixels = variance[0].numel()
+        first = cell.long().view(len(variance), pixels).mul_(pixels) + torch.arange(pixels, device=flat.device)
+        return Taps(first.view(-1, 1) + torch.arange(0, 4 * pixels, pixels, device=flat.device), weights, slopes)
 
     @staticmethod
     def extended(levels: Tensor) -> Tensor:
