@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from capture.errors import DaifError, UsageError
+from capture.errors import DaifError, SomeFailedError, UsageError
 
 MAX_DEATHS = 2
 POLL_S = 0.1
@@ -40,6 +40,10 @@ class _Board:
     waiting: deque[str]
     running: dict[Any, tuple[str, str]] = field(default_factory=dict)  # future -> stack, worker address
     deaths: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def left(self) -> int:
+        return len(self.waiting) + len(self.running)
 
 
 @contextlib.contextmanager
@@ -126,19 +130,23 @@ def _sent_name(file: Path) -> str:
 def run_on(client: Any, items: Sequence[str], call: Callable[[str], dict[str, Any]]) -> Iterator[Finished]:
     """Call `call(item)` on the client's workers and yield each item as it ends, in any order.
 
-    Raises DaifError if the scheduler goes away or no worker is there for `NO_WORKER_LIMIT_S`; what was yielded stays
-    done.
+    Raises SomeFailedError if the scheduler goes away or no worker is there for `NO_WORKER_LIMIT_S`; what was yielded
+    stays done.
     """
     board = _Board(waiting=deque(items))
     alone_since: float | None = None
-    while board.waiting or board.running:
+    while board.left:
         capacity = _workers(client)
+        if capacity is None:
+            raise SomeFailedError(
+                f"the Dask scheduler has gone away and {board.left} stacks are left; what was finished stays finished, "
+                "start a scheduler and run again to do the rest"
+            )
         if not capacity:
             alone_since = alone_since or time.monotonic()
             if time.monotonic() - alone_since > NO_WORKER_LIMIT_S:
-                left = len(board.waiting) + len(board.running)
-                raise DaifError(
-                    f"no worker has been there for {NO_WORKER_LIMIT_S:.0f} s and {left} stacks are left; "
+                raise SomeFailedError(
+                    f"no worker has been there for {NO_WORKER_LIMIT_S:.0f} s and {board.left} stacks are left; "
                     "start workers and run again"
                 )
         else:
@@ -150,11 +158,15 @@ def run_on(client: Any, items: Sequence[str], call: Callable[[str], dict[str, An
         time.sleep(POLL_S)
 
 
-def _workers(client: Any) -> dict[str, int]:
-    """Threads of every worker that is there now."""
+def _workers(client: Any) -> dict[str, int] | None:
+    """Threads of every worker that is there now; None if there is no scheduler any more."""
     if client.status != "running":
-        raise DaifError("the Dask scheduler has gone away; finished stacks stay finished, run again to do the rest")
-    return {address: info["nthreads"] for address, info in client.scheduler_info(n_workers=-1)["workers"].items()}
+        return None
+    try:  # not `client.scheduler_info`: its cache is emptied of workers every few seconds, also while one reads it
+        known = client.sync(client.scheduler.identity, n_workers=-1)
+    except OSError:  # went away while it was asked
+        return None
+    return {address: info["nthreads"] for address, info in known["workers"].items()}
 
 
 def _replace_lost(client: Any, capacity: dict[str, int]) -> None:

@@ -1,5 +1,6 @@
 """A real Dask scheduler and real worker processes, killed for real."""
 
+import contextlib
 import json
 import os
 import signal
@@ -10,10 +11,12 @@ from collections import Counter
 from pathlib import Path
 
 import cloudpickle
+import psutil
 import pytest
 
-from capture.errors import DataError, UsageError
+from capture.errors import DataError, SomeFailedError, UsageError
 from reconstruct import cluster
+from tests.reconstruct.small_stack import write_small_stack
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the workers cannot import a test file
 
@@ -71,32 +74,90 @@ def test_workers_killed_from_outside_lose_no_stack(client, tmp_path):
     assert Counter(bool(f.record) for f in done) == {True: 20}
 
 
-def test_a_cluster_started_by_hand(tmp_path):
-    """A scheduler and two workers as a user starts them, joined by address."""
-    port_file = tmp_path / "scheduler.json"
-    command = [sys.executable, "-m", "distributed.cli.dask_scheduler"]
-    started = [
-        subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(port_file)],
-            stderr=subprocess.DEVNULL,
-        )
-    ]
+@contextlib.contextmanager
+def started_by_hand(folder):
+    """A scheduler and two workers as a user starts them: (address, the scheduler's process)."""
+    file = folder / "scheduler.json"
+    common = ["--scheduler-file", str(file), "--host", "127.0.0.1", "--no-dashboard"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+
+    def start(program, *options):
+        command = [sys.executable, "-m", f"distributed.cli.dask_{program}", *common, *options]
+        return subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
+
+    started = [start("scheduler", "--port", "0")]
     try:
         deadline = time.monotonic() + 60
-        while not port_file.exists() and time.monotonic() < deadline:
+        while not file.exists() and time.monotonic() < deadline:
             time.sleep(0.1)
-        worker = [sys.executable, "-m", "distributed.cli.dask_worker", "--scheduler-file", str(port_file)]
-        worker += ["--host", "127.0.0.1", "--nworkers", "2", "--nthreads", "1", "--no-dashboard"]
-        started.append(subprocess.Popen([*worker, "--local-directory", str(tmp_path)], stderr=subprocess.DEVNULL))
-        address = json.loads(port_file.read_text())["address"]
-        paths = [tmp_path / f"stack{i}" for i in range(4)]
-        with cluster.connect(0, address) as client:
-            client.wait_for_workers(2, timeout=60)
-            assert len(list(cluster.run_on(client, [str(path) for path in paths], work))) == 4
+        address = json.loads(file.read_text())["address"]
+        for _ in range(2):
+            started.append(start("worker", "--nthreads", "1", "--local-directory", str(folder), "--death-timeout", "9"))
+        yield address, started[0]
     finally:
         for process in reversed(started):
             process.terminate()
-            process.wait(timeout=30)
+        for process in started:
+            process.wait(timeout=60)
+
+
+def test_a_cluster_started_by_hand_and_its_scheduler_killed(tmp_path):
+    paths = [tmp_path / f"stack{i:02}" for i in range(400)]
+    done = []
+
+    def run(client, scheduler):
+        for finished in cluster.run_on(client, [str(path) for path in paths], work):
+            done.append(finished.record["name"])
+            if len(done) == 4:
+                scheduler.kill()
+
+    with started_by_hand(tmp_path) as (address, scheduler), cluster.connect(0, address) as client:
+        client.wait_for_workers(2, timeout=60)
+        with pytest.raises(SomeFailedError, match=r"scheduler has gone away and \d+ stacks are left") as raised:
+            run(client, scheduler)
+    assert raised.value.exit_code == 3
+    assert len(done) >= 4
+    assert all((tmp_path / name).exists() for name in done)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_reconstruct_on_a_cluster_started_by_hand(tmp_path):
+    stacks = tmp_path / "in"
+    stacks.mkdir()
+    for seed in range(3):
+        write_small_stack(stacks / f"stack{seed}.h5", seed=seed)
+    with started_by_hand(tmp_path) as (address, _):
+        command = [sys.executable, "-c", "from reconstruct.cli import main; main()", "reconstruct", str(stacks)]
+        command += ["-o", str(tmp_path / "out"), "--on", address, "--device", "cpu"]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert ended.returncode == 0, ended.stderr
+    assert sorted(path.parent.name for path in (tmp_path / "out").glob("*/depth.npy")) == ["stack0", "stack1", "stack2"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_worker_killed_while_it_restarts_is_replaced(tmp_path, monkeypatch):
+    """Dask's nanny gives up on a worker that dies before it is ready."""
+    monkeypatch.setattr(cluster, "RESTART_LIMIT_S", 10.0)
+
+    def processes():
+        found = {}
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if "spawn_main" in " ".join(child.cmdline()):
+                    found[child.pid] = child
+        return found
+
+    before = processes()
+    with cluster.connect(1, None) as client:
+        (first,) = processes().keys() - before.keys()
+        os.kill(first, signal.SIGKILL)
+        while not (fresh := processes().keys() - before.keys() - {first}):
+            time.sleep(0.02)
+        os.kill(fresh.pop(), signal.SIGKILL)
+        (finished,) = cluster.run_on(client, [str(tmp_path / "stack")], work)
+    assert finished.record == {"name": "stack"}
 
 
 def test_no_scheduler_is_one_sentence():
