@@ -433,6 +433,7 @@ class Session:
         if not picked:
             return "pick at least one complete take"
         others = [take.number for take in self.folder.record.takes if take.status == "complete"]
+        self.looks = {key: look for key, look in self.looks.items() if key[0] == "take"}  # of this run only
         self.held_out = next((number for number in reversed(others) if number not in picked), picked[-1])
         run = self.folder.new_training()
         command = train_command(

@@ -119,6 +119,8 @@ def measure(folder: Path, takes: int, frames: int, method: str) -> dict[str, Any
         page.fill("#count", str(frames))
         wait(page, f"state.plan.count === {frames}")
         page.evaluate("document.activeElement.blur()")
+        drawn = page.evaluate("liveCount")
+        wait(page, f"liveCount > {drawn + 3}")  # the simulated camera has computed what it sees from here
         idle_fps = pictures_per_s(page, LIVE_SECONDS)
         rows = [one_take(page, folder / "out", number, frames) for number in range(1, takes + 1)]
     log = (folder / "out" / "session.log").read_text()

@@ -79,5 +79,6 @@ class Screen:
 def screen(browser: Any, url: str, artefacts: Path, **options: Any) -> Iterator[Screen]:
     """A fresh page, with its own cookies."""
     context = browser.new_context(viewport={"width": 1366, "height": 768})
+    context.set_default_timeout(120_000)  # a busy machine is no failure
     yield Screen(context.new_page(), url, artefacts, **options)
     context.close()
