@@ -14,6 +14,7 @@ from calibration.edges import CalibrationError, Sweep, locate
 from calibration.report import report_html, verdict_of
 from capture.errors import DataError, UsageError
 from capture.lens import Lens, LensProfile, Measured
+from capture.plan import FocusSweep
 from capture.stack import StackWriter
 from reconstruct.cli import app
 from tests.calibration.board_camera import BoardCamera
@@ -288,3 +289,16 @@ def test_gain_and_offset_of_the_light_change_nothing(frames, calibration):
     stacks = [stack_of(images * x + 0.02, f"{k}.h5") for k, images in enumerate(frames)]
     shaded = calibrate(stacks, focal_px=FOCAL).profile
     assert shaded.pupil_diameter_m.value == pytest.approx(calibration.profile.pupil_diameter_m.value, rel=3e-3)
+
+
+def test_the_boards_description_travels_from_capture_to_calibrate(tmp_path):
+    FocusSweep(spacing="command", positions=(2.0, 1.5), unit="dioptre", count=2).write(tmp_path / "plan.yaml")
+    (tmp_path / "board.yaml").write_text("columns: 9\nrows: 7\nsquare_m: 0.021\nmeasured: true\n")
+    args = ["capture", "--camera", "simulated:procedural-3?width=64", "--plan", str(tmp_path / "plan.yaml")]
+    out = tmp_path / "a.h5"
+    done = CliRunner().invoke(app, [*args, "-o", str(out), "--board", str(tmp_path / "board.yaml")])
+    assert done.exit_code == 0, done.output + str(done.exception)
+    assert load_board_stack(out).sweep.board == Board(columns=9, rows=7, square_m=0.021, measured=True)
+    (tmp_path / "board.yaml").write_text("square_m: 21\n")
+    wrong = CliRunner().invoke(app, [*args, "-o", str(tmp_path / "b.h5"), "--board", str(tmp_path / "board.yaml")])
+    assert isinstance(wrong.exception, UsageError) and "board.yaml:1: square_m" in str(wrong.exception)
