@@ -47,7 +47,7 @@ Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 .
 def reconstruct_command(
     stacks: Annotated[list[str], typer.Argument(help="Stacks (.h5), folders of photographs or of stacks, or URLs.")],
     out: Annotated[str, typer.Option("--output", "-o", help="Folder or URL for the results, one folder per stack.")],
-    method: Annotated[str, typer.Option(help="network or plane-sweep.")] = "plane-sweep",
+    method: Annotated[str, typer.Option(help="network or plane-sweep.")] = "network",
     weights: Annotated[str, typer.Option(help="Weights of the network: a name or a file.")] = "default",
     refine: Annotated[int, typer.Option(min=0, help="Gradient steps through the renderer after the first answer.")] = 0,
     lens: Annotated[Path | None, typer.Option(help="Lens profile (lens.yaml) from `daif calibrate`.")] = None,

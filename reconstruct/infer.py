@@ -60,7 +60,7 @@ class Settings:
         memory_share: part of the machine's memory to count on; 1 / workers.
     """
 
-    method: Literal["network", "plane-sweep"] = "plane-sweep"
+    method: Literal["network", "plane-sweep"] = "network"
     weights: str = "default"
     refine_steps: int = 0
     align: bool = True

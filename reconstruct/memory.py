@@ -22,7 +22,7 @@ from capture.errors import NoSpaceError
 
 # bytes per tile pixel: constant part, and per frame
 SWEEP_BYTES = (470, 175)
-NETWORK_BYTES = (650, 200)
+NETWORK_BYTES = (1450, 100)
 REFINE_BYTES = (2500, 350)
 OUTPUT_BYTES_PER_PX = 45  # depth, spread, confidence, sharp image, and what writing and the report add
 EVIDENCE_BYTES = 2 * 32 * 4  # per working pixel of a tiled picture

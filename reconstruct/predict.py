@@ -124,6 +124,8 @@ def predict(
 
 def _padded(x: Tensor) -> Tensor:
     """`x` (..., H, W) mirrored at the lower and right edge up to multiples of 16."""
+    if all(length % MULTIPLE == 0 for length in x.shape[-2:]):
+        return x
     rows, cols = (_mirrored(length, x.device) for length in x.shape[-2:])
     return x.index_select(-2, rows).index_select(-1, cols)
 
