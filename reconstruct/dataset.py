@@ -6,12 +6,17 @@ lens or a sensor can do is drawn at random: blur range, number and spacing of fr
 shake, noise, bit depth, exposure, errors of the focus readings. Dioptres are arbitrary here (every sweep runs over
 about 1 dpt), because the network only sees blur.
 
-Which stack a training step sees is a pure function of (seed, step): a run that was killed continues bit for bit.
+Which stacks a training step sees is a pure function of (seed, step): a run that was killed continues bit for bit, and
+however many processes share a step, together they see the same.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import platform
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -395,14 +400,17 @@ class SimulatedBatches:
     def __init__(self, pool: ScenePool, scenes: int, first: int, batch: int, crop: int) -> None:
         self.pool, self.scenes, self.first, self.size, self.crop = pool, scenes, first, batch, crop
 
-    def batch(self, step: int, rank: int = 0) -> StackBatch:
-        """The batch of `step` for process `rank`."""
-        rng = np.random.default_rng([self.pool.seed, 3, step, rank])
+    def batch(self, step: int, part: int = 0, parts: int = 1) -> StackBatch:
+        """Every `parts`-th stack of the batch of `step`, from `part` on; only their scenes are read."""
+        rng = np.random.default_rng([self.pool.seed, 3, step])
         frames = int(rng.choice([2, 3, 4, 5, 6, 7, 8, 10], p=[0.04, 0.1, 0.14, 0.34, 0.12, 0.12, 0.08, 0.06]))
         available = min(self.scenes, self.first + step * self.size // 8)
         chosen = rng.integers(0, available, self.size)
-        parts = [training_stack(self.pool[int(i)], rng, frames, self.crop) for i in chosen]
-        return StackBatch(*(torch.from_numpy(np.stack(x)) for x in zip(*parts, strict=True)))
+        stacks = []
+        for place in range(part, self.size, parts):
+            own = np.random.default_rng([self.pool.seed, 3, step, 1 + place])
+            stacks.append(training_stack(self.pool[int(chosen[place])], own, frames, self.crop))
+        return StackBatch(*(torch.from_numpy(np.stack(x)) for x in zip(*stacks, strict=True)))
 
 
 # ---------------------------------------------------------------------------------------------- captured stacks
@@ -440,6 +448,47 @@ class CapturedStack:
             focus_dpt=self.focus_dpt[keep],
             kappa=self.kappa[keep],
         )
+
+
+def prepare_captured(paths: Sequence[Path], profile: LensProfile | None, folder: Path) -> list[CapturedStack]:
+    """`load_captured` of every path, done once and kept in `folder`; the frames are mapped from there, not held.
+
+    Under torchrun every process prepares its share and waits for the others': `folder` must be on a disk they share.
+    """
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    targets = [folder / f"{path.stem}-{_fingerprint(path, profile)}" for path in paths]
+    for path, target in list(zip(paths, targets, strict=True))[rank::world]:
+        if not target.exists():
+            _keep(load_captured(path, profile), target)
+    while not all(target.exists() for target in targets):
+        time.sleep(0.2)
+    return [_mapped(target) for target in targets]
+
+
+def _fingerprint(path: Path, profile: LensProfile | None) -> str:
+    """What the prepared stack depends on, in a few letters."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    lens = "" if profile is None else profile.model_dump_json()
+    return hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {lens}".encode()).hexdigest()[:12]
+
+
+def _keep(stack: CapturedStack, target: Path) -> None:
+    partial = target.with_name(f".{target.name}.partial-{platform.node()}-{os.getpid()}")
+    partial.mkdir(parents=True)
+    for name in ("frames", "valid", "focus_dpt", "kappa"):
+        np.save(partial / f"{name}.npy", getattr(stack, name).numpy())
+    (partial / "about.json").write_text(json.dumps({"name": stack.name, "metric": stack.metric}))
+    partial.rename(target)
+
+
+def _mapped(folder: Path) -> CapturedStack:
+    about = json.loads((folder / "about.json").read_text())
+    for name in ("frames", "valid", "focus_dpt", "kappa"):
+        about[name] = torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c"))  # "c": torch wants it writable
+    return CapturedStack(**about)
 
 
 def load_captured(path: str | Path, profile: LensProfile | None = None) -> CapturedStack:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from capture.errors import UsageError
@@ -16,7 +18,7 @@ def pick_device(name: str = "auto") -> torch.device:
     kind, _, index = name.partition(":")
     if kind == "auto" and not index:
         if torch.cuda.is_available():
-            return torch.device("cuda")
+            return _own_gpu()
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     if name == "cpu":
         return torch.device("cpu")
@@ -27,9 +29,24 @@ def pick_device(name: str = "auto") -> torch.device:
     if kind == "cuda" and (not index or index.isdecimal()) and not name.endswith(":"):
         if not torch.cuda.is_available():
             raise UsageError(f"--device {name}: torch finds no CUDA device on this machine; use --device auto or cpu")
-        if index and int(index) >= torch.cuda.device_count():
+        if not index:
+            return _own_gpu()
+        if int(index) >= torch.cuda.device_count():
             raise UsageError(
                 f"--device {name}: this machine has {torch.cuda.device_count()} CUDA device(s), from cuda:0"
             )
         return torch.device(name)
     raise UsageError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
+
+
+def _own_gpu() -> torch.device:
+    """This process's CUDA device: under torchrun one each, else the current one."""
+    place = os.environ.get("LOCAL_RANK")
+    if place is None:
+        return torch.device("cuda")
+    if int(place) >= torch.cuda.device_count():
+        raise UsageError(
+            f"torchrun started more processes than this machine has CUDA devices ({torch.cuda.device_count()}); "
+            f"use --nproc-per-node {torch.cuda.device_count()}"
+        )
+    return torch.device("cuda", int(place))

@@ -37,7 +37,7 @@ from reconstruct.plane_sweep import plane_sweep
 from reconstruct.predict import TrainedNetwork, predict, wrap
 from reconstruct.refine import refine
 from reconstruct.render import render_stack
-from reconstruct.train import TrainConfig, fit
+from reconstruct.train import TrainConfig, fit, is_first_process
 
 DISTILLED = "the stacks themselves: depth refined through the renderer, then distilled; no ground truth"
 PHOTOMETRIC = "the stacks themselves: frames rendered from the network's own depth and image; no ground truth"
@@ -55,7 +55,7 @@ FINETUNE = TrainConfig(
     patience=3,
 )
 FROM_NOTHING = FINETUNE.model_copy(
-    update={"steps": 1000, "batch": 6, "learning_rate": 2e-3, "warmup_steps": 50, "validate_every": 100, "patience": 0}
+    update={"steps": 1000, "batch": 6, "learning_rate": 6e-4, "warmup_steps": 50, "validate_every": 100, "patience": 0}
 )
 PAPER = TrainConfig(  # as published, notes/method.md section 4
     preset="paper",
@@ -124,7 +124,7 @@ def _predict(network: TrainedNetwork, stack: CapturedStack, device: torch.device
 def withheld_error(lesson: Lesson, estimate: Estimate) -> float:
     """How badly `estimate`, made without the withheld frame, predicts it: Charbonnier difference x 1000.
 
-    The all-in-focus image is fused from the other frames at the estimate's depth and blurred by the scatter renderer.
+    The all-in-focus image is fused from the other frames at the estimate's depth and blurred by the occlusion renderer.
     """
     stack, full, index = lesson.stack, lesson.full, lesson.withheld
     device = estimate.aif.device
@@ -155,23 +155,25 @@ class DistilTask:
         if self.crop < 32:
             raise DataError(f"the smallest stack is {smallest} px on its short side; training needs at least 32")
 
-    def batch(self, step: int, rank: int) -> StackBatch:
+    def batch(self, step: int, part: int = 0, parts: int = 1) -> StackBatch:
         """Random crops of one stack, so that all have the same number of frames; mirrored and turned."""
-        rng = np.random.default_rng([self.config.seed, 4, step, rank])
+        rng = np.random.default_rng([self.config.seed, 4, step])
         lesson = self.lessons[int(rng.integers(len(self.lessons)))]
         stack, wanted = lesson.stack, lesson.wanted
         height, width = stack.frames.shape[-2:]
         frames: list[Tensor] = []
         depth: list[Tensor] = []
         aif: list[Tensor] = []
-        for _ in range(self.config.batch):
+        for place in range(self.config.batch):
             top, left = int(rng.integers(height - self.crop + 1)), int(rng.integers(width - self.crop + 1))
             window = (..., slice(top, top + self.crop), slice(left, left + self.crop))
             turn, mirror = int(rng.integers(4)), rng.random() < 0.5
+            if place % parts != part:
+                continue
             for kept, x in ((frames, stack.frames), (depth, wanted.inverse_depth_dpt[None]), (aif, wanted.aif)):
-                part = torch.rot90(x[window], turn, (-2, -1))
-                kept.append(part.flip(-1) if mirror else part)
-        count = self.config.batch
+                crop = torch.rot90(x[window], turn, (-2, -1))
+                kept.append(crop.flip(-1) if mirror else crop)
+        count = len(frames)
         return StackBatch(
             torch.stack(frames),
             stack.focus_dpt.expand(count, -1),
@@ -184,6 +186,7 @@ class DistilTask:
         """Smooth L1 and differences of depth in px of CoC, spread against the refined map, image in a gamma of 2."""
         assert batch.inverse_depth_dpt is not None
         assert batch.aif is not None
+        assert output.aif is not None
         kappa = batch.kappa.mean(1)[:, None, None, None]
         error_px = (output.inverse_depth_dpt - batch.inverse_depth_dpt) * kappa
         scale_px = (output.std_dpt * kappa).clamp_min(1e-3) / 2**0.5
@@ -285,7 +288,8 @@ def adapt(
     }
     if start is not None:
         about["calibration"] = start.about.get("calibration", {})
-    save_weights(run / "weights.safetensors", net.state_dict(), about)
+    if is_first_process():
+        save_weights(run / "weights.safetensors", net.state_dict(), about)
     return Adaptation(before, after, run / "weights.safetensors")
 
 
@@ -317,21 +321,23 @@ class PhotometricTask:
         self.stacks, self.config = list(stacks), config
         self.crop = min(config.crop_px, *(min(stack.frames.shape[-2:]) // 16 * 16 for stack in self.stacks))
 
-    def batch(self, step: int, rank: int) -> StackBatch:
+    def batch(self, step: int, part: int = 0, parts: int = 1) -> StackBatch:
         """Random crops of one stack, unchanged: the published training has no augmentation."""
-        rng = np.random.default_rng([self.config.seed, 5, step, rank])
+        rng = np.random.default_rng([self.config.seed, 5, step])
         stack = self.stacks[int(rng.integers(len(self.stacks)))]
         height, width = stack.frames.shape[-2:]
         crops = []
-        for _ in range(self.config.batch):
+        for place in range(self.config.batch):
             top, left = int(rng.integers(height - self.crop + 1)), int(rng.integers(width - self.crop + 1))
-            crops.append(stack.frames[..., top : top + self.crop, left : left + self.crop])
-        count = self.config.batch
+            if place % parts == part:
+                crops.append(stack.frames[..., top : top + self.crop, left : left + self.crop])
+        count = len(crops)
         return StackBatch(torch.stack(crops), stack.focus_dpt.expand(count, -1), stack.kappa.expand(count, -1))
 
     def terms(self, output: NetworkOutput, batch: StackBatch) -> PublishedTerms:
         """The published five, through the published operator (7 x 7 window, gate at one pixel)."""
         inverse_depth = output.inverse_depth_dpt
+        assert output.aif is not None
         rendered = render_stack(output.aif, inverse_depth, batch.focus_dpt, batch.kappa, model="published")
         coc_px = coc_diameter_px(batch.kappa[..., None, None], batch.focus_dpt[..., None, None], inverse_depth)
         terms = published_terms(rendered, batch.frames, output.aif, 1.0 / inverse_depth, coc_px)
@@ -341,7 +347,7 @@ class PhotometricTask:
         """The loss on fixed crops, and the share of pixels whose raw depth is dead (zero)."""
         assert isinstance(net, PaperNet)
         device = next(net.parameters()).device
-        batch = self.batch(10**9, 0).to(device)
+        batch = self.batch(10**9).to(device)
         with torch.inference_mode():
             loss = torch.stack(list(self.terms(net(batch.frames, batch.focus_dpt, batch.kappa), batch))).sum()
             raw = net.raw(batch.frames, 1.0 / batch.focus_dpt.clamp_min(1e-2))
@@ -349,7 +355,7 @@ class PhotometricTask:
 
     def pictures(self, net: nn.Module) -> dict[str, Tensor]:
         """The all-in-focus image of a fixed crop."""
-        batch = self.batch(10**9, 0).to(next(net.parameters()).device)
+        batch = self.batch(10**9).to(next(net.parameters()).device)
         with torch.inference_mode():
             return {"aif": net(batch.frames, batch.focus_dpt, batch.kappa).aif.sqrt()}
 
@@ -365,5 +371,6 @@ def train_paper(
     task, net = PhotometricTask(stacks, config), PaperNet()
     net.load_state_dict(fit(net, task, config, run, device=device, resume=resume))
     about = {"preset": "paper", "teacher": PHOTOMETRIC, "config": config.model_dump(), "validation": task.validate(net)}
-    save_weights(run / "weights.safetensors", net.state_dict(), about)
+    if is_first_process():
+        save_weights(run / "weights.safetensors", net.state_dict(), about)
     return run / "weights.safetensors"

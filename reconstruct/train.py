@@ -1,8 +1,8 @@
 """The training loop: one visible `for`, used for pretraining, for training from nothing and for fine-tuning.
 
 Data order is a pure function of (seed, step), and every state that training carries is stored, so a run that was
-killed continues to bit-equal weights on a CPU. Under `torchrun` every process works on its own batches and gradients
-are averaged.
+killed continues to bit-equal weights on a CPU. Under `torchrun` the processes share every batch and gradients are
+averaged: the result does not depend on how many they are, nor on `accumulate`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -37,7 +37,8 @@ class TrainConfig(BaseModel):
     preset: Literal["default", "paper"] = "default"
     seed: int = 1
     steps: int = Field(3200, ge=1)
-    batch: int = Field(5, ge=1)
+    batch: int = Field(5, ge=1, description="stacks a step, shared by all processes")
+    accumulate: int = Field(1, ge=1, description="parts that a process works on one after the other, to save memory")
     crop_px: int = Field(160, ge=32, multiple_of=16)
     scenes: int = Field(2000, ge=1, description="simulated scenes in the pool")
     first_scenes: int = Field(400, ge=1, description="scenes used by the first step; one more with every 8 stacks")
@@ -62,7 +63,7 @@ class TrainConfig(BaseModel):
     log_every: int = Field(20, ge=1)
 
 
-NOT_PART_OF_THE_RESULT = {"checkpoint_seconds", "checkpoint_every", "keep_states", "log_every"}
+NOT_PART_OF_THE_RESULT = {"accumulate", "checkpoint_seconds", "checkpoint_every", "keep_states", "log_every"}
 EXTENDABLE = {"steps"}  # a run may be made longer or shorter while it is under way
 
 
@@ -137,8 +138,8 @@ class Task(Protocol):
 
     teacher: str  # said in the log and stored with the weights
 
-    def batch(self, step: int, rank: int) -> StackBatch:
-        """The batch of `step` for process `rank`: the same one whenever it is asked for."""
+    def batch(self, step: int, part: int = 0, parts: int = 1) -> StackBatch:
+        """Every `parts`-th stack of the batch of `step`, from `part` on: the same whenever it is asked for."""
         ...
 
     def terms(self, output: NetworkOutput, batch: StackBatch) -> NamedTuple:
@@ -170,8 +171,8 @@ class SimulatedTask:
         held_out = SimulatedBatches(others, config.held_out_scenes, config.held_out_scenes, 6, config.crop_px)
         self.held_out = [held_out.batch(i) for i in range(4)]
 
-    def batch(self, step: int, rank: int) -> StackBatch:
-        return self.data.batch(step, rank)
+    def batch(self, step: int, part: int = 0, parts: int = 1) -> StackBatch:
+        return self.data.batch(step, part, parts)
 
     def terms(self, output: NetworkOutput, batch: StackBatch) -> NamedTuple:
         return supervised_terms(output, batch, self.config)
@@ -289,9 +290,15 @@ def fit(
     Raises:
         DataError: a state that is damaged or belongs to another config; a loss that is not finite (the last good
             state stays).
-        UsageError: `run` holds states and `resume` is False; the batch does not fit into memory.
+        UsageError: `run` holds states and `resume` is False; the batch does not fit into memory or cannot be shared.
     """
     rank, world = _join_processes(device)
+    shares = world * config.accumulate
+    if config.batch < shares:
+        raise UsageError(
+            f"a batch of {config.batch} cannot be shared by {world} process(es) x accumulate {config.accumulate}; "
+            f"make `batch` at least {shares}"
+        )
     net.to(device)
     if device.type == "cuda":
         net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -309,15 +316,21 @@ def fit(
         for step in range(start, config.steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
-            batch = task.batch(step, rank).to(device)
+            optimizer.zero_grad(set_to_none=True)
+            named: dict[str, float] = {}
             try:
-                with torch.autocast(device.type, torch.bfloat16, enabled=_bf16(device)):
-                    output = model(batch.frames, batch.focus_dpt, batch.kappa)
-                terms = task.terms(output, batch)
-                loss = torch.stack(list(terms)).sum()
-                _check_finite(terms, step, run)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                for turn in range(config.accumulate):
+                    batch = task.batch(step, rank * config.accumulate + turn, shares).to(device)
+                    weight = len(batch.frames) * world / config.batch  # the processes' gradients are averaged
+                    apart = isinstance(model, nn.parallel.DistributedDataParallel) and turn < config.accumulate - 1
+                    with model.no_sync() if apart else nullcontext():  # type: ignore[operator]
+                        with torch.autocast(device.type, torch.bfloat16, enabled=_bf16(device)):
+                            output = model(batch.frames, batch.focus_dpt, batch.kappa)
+                        terms = task.terms(output, batch)
+                        _check_finite(terms, step, run)
+                        (weight * torch.stack(list(terms)).sum()).backward()
+                    for name, term in terms._asdict().items():
+                        named[name] = named.get(name, 0.0) + weight * float(term.detach())
             except RuntimeError as error:
                 raise _explained(error, config) from error
             norm = nn.utils.clip_grad_norm_(net.parameters(), config.gradient_clip)
@@ -326,8 +339,7 @@ def fit(
             optimizer.step()
             average.update(net, step)
             done = step + 1
-            named = {name: float(term.detach()) for name, term in terms._asdict().items()}
-            show.step(done, named, config.batch * world, log=done % config.log_every == 0)
+            show.step(done, named, config.batch, log=done % config.log_every == 0)
             if board is not None and done % config.log_every == 0:
                 for name, value in (named | {"gradient_norm": float(norm)}).items():
                     board.add_scalar(f"train/{name}", value, done)
@@ -342,6 +354,8 @@ def fit(
                 if config.patience and len(scores) - 1 - scores.index(min(scores)) >= config.patience:
                     show.note(f"stopped at step {done}: no better for {config.patience} checks")
                     last = True
+            if world > 1 and config.patience and done % config.validate_every == 0:
+                last = _told_by_the_first(last, device)
             due = time.monotonic() - saved_at > config.checkpoint_seconds or done % config.checkpoint_every == 0
             if rank == 0 and (due or last):
                 parts = {
@@ -360,9 +374,12 @@ def fit(
                 break
     if board is not None:
         board.close()
+    answer = {name: tensor.to(device) for name, tensor in (best or average.tensors).items()}
     if world > 1:
+        for tensor in answer.values():
+            torch.distributed.broadcast(tensor, 0)  # only the first process knows which were best
         torch.distributed.destroy_process_group()
-    return best or average.tensors
+    return answer
 
 
 def pretrain(config: TrainConfig, run: Path, pool: Path, *, device: torch.device, resume: bool = False) -> Path:
@@ -372,6 +389,8 @@ def pretrain(config: TrainConfig, run: Path, pool: Path, *, device: torch.device
     net = build(config.preset)
     tensors = fit(net, task, config, run, device=device, resume=resume)
     net.load_state_dict(tensors)
+    if not is_first_process():
+        return run / "weights.safetensors"
     about = {
         "preset": config.preset,
         "teacher": task.teacher,
@@ -383,11 +402,25 @@ def pretrain(config: TrainConfig, run: Path, pool: Path, *, device: torch.device
     return run / "weights.safetensors"
 
 
+def is_first_process() -> bool:
+    """Whether this process is the one that writes, prints and decides; always, unless torchrun started several."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _told_by_the_first(decision: bool, device: torch.device) -> bool:
+    """What the first process decided, in all of them."""
+    told = torch.tensor(float(decision), device=device)
+    torch.distributed.broadcast(told, 0)
+    return bool(told)
+
+
 def _join_processes(device: torch.device) -> tuple[int, int]:
     """(rank, number of processes); under torchrun joins the others (gloo on CPU, nccl on CUDA)."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return 0, 1
     if not torch.distributed.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
@@ -452,7 +485,7 @@ def _explained(error: RuntimeError, config: TrainConfig) -> Exception:
     if isinstance(error, torch.cuda.OutOfMemoryError) or "not enough memory" in str(error):
         return UsageError(
             f"out of memory with batch {config.batch} of {config.crop_px} px crops; "
-            "lower `batch` (or `crop_px`) in the config"
+            "raise `accumulate`, or lower `batch` or `crop_px`, in the config"
         )
     return error
 
@@ -546,4 +579,4 @@ def step_memory_bytes(config: TrainConfig, frames: int = 5) -> int:
         output = net(image, focus, kappa)
     del output
     weights = sum(p.numel() * p.element_size() for p in net.parameters())
-    return 5 * weights + config.batch * sum(kept.values())
+    return 5 * weights + -(-config.batch // config.accumulate) * sum(kept.values())

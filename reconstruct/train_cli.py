@@ -113,14 +113,14 @@ def _train_on_stacks(
     device: str,
 ) -> None:
     from capture.lens import LensProfile
-    from reconstruct.dataset import load_captured
+    from reconstruct.dataset import prepare_captured
     from reconstruct.device import pick_device
     from reconstruct.finetune import adapt, train_paper
     from reconstruct.predict import load_network
 
     target = pick_device(device)
     profile = None if lens is None else LensProfile.read(lens)
-    captured = [load_captured(path, profile) for path in _files(paths)]
+    captured = prepare_captured(_files(paths), profile, out / "stacks")
     for stack in captured:
         if not stack.metric:
             print(f"{stack.name}: focus distances unknown; trained on in relative mode (ordered depth, no metres)")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import time
 from dataclasses import fields
 
 import numpy as np
@@ -10,6 +13,7 @@ import torch
 
 from capture.lens import Lens
 from capture.stack import write_stack
+from reconstruct import dataset
 from reconstruct.dataset import (
     FAR_DPT,
     NEAR_DPT,
@@ -84,12 +88,20 @@ def test_training_stack_keeps_truth_and_frames_together(pool):
     assert np.abs(sharp - aif).mean() < np.abs(blurred - aif).mean()
 
 
-def test_batch_is_a_function_of_seed_step_and_rank(pool):
+def test_batch_is_a_function_of_seed_and_step(pool):
     data = SimulatedBatches(pool, scenes=2, first=2, batch=2, crop=32)
-    one, two, next_step, other_rank = data.batch(3), data.batch(3), data.batch(4), data.batch(3, rank=1)
+    one, two, next_step = data.batch(3), data.batch(3), data.batch(4)
     assert torch.equal(one.frames, two.frames)
     assert one.frames.shape != next_step.frames.shape or not torch.equal(one.frames, next_step.frames)
-    assert one.frames.shape != other_rank.frames.shape or not torch.equal(one.frames, other_rank.frames)
+
+
+def test_the_shares_of_a_batch_are_the_batch(pool):
+    data = SimulatedBatches(pool, scenes=2, first=2, batch=3, crop=32)
+    whole, shares = data.batch(3), [data.batch(3, part, 2) for part in range(2)]
+    assert [len(share.frames) for share in shares] == [2, 1]
+    for name in vars(whole):
+        joined = [getattr(shares[place % 2], name)[place // 2] for place in range(3)]
+        assert torch.equal(torch.stack(joined), getattr(whole, name)), name
 
 
 @pytest.fixture
@@ -100,6 +112,39 @@ def stack_file(tmp_path, pool):
     path = tmp_path / "s.h5"
     write_stack(path, frames, focus_distance_m=1 / scene.focus_dpt[::4], lens=lens, transfer="linear")
     return path
+
+
+def test_prepared_stacks_are_shared_and_not_prepared_twice(stack_file, tmp_path, monkeypatch):
+    """Two processes, one after the other: each prepares its share and finds the other's."""
+    other = stack_file.with_name("t.h5")
+    other.write_bytes(stack_file.read_bytes())
+    prepared = []
+
+    def load(path, profile):
+        prepared.append(path.stem)
+        return load_captured(path, profile)
+
+    monkeypatch.setattr(dataset, "load_captured", load)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    second = threading.Thread(target=dataset.prepare_captured, args=([stack_file, other], None, tmp_path / "kept"))
+    second.start()
+    while prepared != ["t"]:
+        time.sleep(0.01)
+    monkeypatch.setenv("RANK", "0")
+    found = dataset.prepare_captured([stack_file, other], None, tmp_path / "kept")
+    second.join()
+    assert prepared == ["t", "s"]
+    for stack, path in zip(found, (stack_file, other), strict=True):
+        loaded = load_captured(path)
+        assert stack.name == loaded.name
+        assert all(
+            torch.equal(getattr(stack, n), getattr(loaded, n)) for n in ("frames", "valid", "focus_dpt", "kappa")
+        )
+    os.utime(other, (1, 1))  # changed since
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    dataset.prepare_captured([stack_file, other], None, tmp_path / "kept")
+    assert prepared == ["t", "s", "t"]
 
 
 def test_captured_stack_without_a_frame(stack_file):

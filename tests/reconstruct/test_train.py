@@ -10,6 +10,7 @@ import textwrap
 import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -66,10 +67,10 @@ class ToyTask:
         self.data = StackBatch(frames, focus, torch.full((2, 3), 8.0), truth, frames.mean(1))
         self.poison_at = poison_at
 
-    def batch(self, step, rank):
+    def batch(self, step, part=0, parts=1):
         if step == self.poison_at:
             return StackBatch(self.data.frames * torch.nan, *list(vars(self.data).values())[1:])
-        return self.data
+        return StackBatch(*(tensor[part::parts] for tensor in vars(self.data).values()))
 
     def terms(self, output, batch):
         return supervised_terms(output, batch, TINY)
@@ -110,6 +111,21 @@ def test_resumed_run_is_bit_equal(tmp_path):
         fit(new_net(), ToyTask(poison_at=3), config, tmp_path / "cut", device=CPU)  # dies in the fourth step
     resumed = fit(new_net(), ToyTask(), config, tmp_path / "cut", device=CPU, resume=True)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def moved_apart(one, two, start):
+    """Distance of two trained networks, as a share of how far training moved them."""
+    both = [torch.cat([weights[name].flatten() for name in start]) for weights in (one, two, start)]
+    return float((both[0] - both[1]).norm() / (both[0] - both[2]).norm())
+
+
+def test_accumulated_gradients_are_those_of_the_batch(tmp_path):
+    config = TINY.model_copy(update={"batch": 2, "ema_decay": 0.0})
+    whole = fit(new_net(), ToyTask(), config, tmp_path / "whole", device=CPU)
+    halves = fit(new_net(), ToyTask(), config.model_copy(update={"accumulate": 2}), tmp_path / "halves", device=CPU)
+    assert moved_apart(whole, halves, new_net().state_dict()) < 0.02
+    with pytest.raises(UsageError, match="make `batch` at least 3"):
+        fit(new_net(), ToyTask(), config.model_copy(update={"accumulate": 3}), tmp_path / "thirds", device=CPU)
 
 
 def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path):
@@ -224,25 +240,49 @@ def test_sigkill_and_resume_is_bit_equal(tmp_path, pool):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-@pytest.mark.slow
-def test_two_processes_agree_with_each_other(tmp_path, pool):
-    script = tmp_path / "ddp.py"
-    script.write_text(
+def torchrun(script, *arguments, restarts=0):
+    """Two processes under torchrun, running."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    launch += [f"--max-restarts={restarts}", "--monitor-interval=0.5", str(script), *map(str, arguments)]
+    return subprocess.Popen(launch, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()})
+
+
+@pytest.fixture
+def training_script(tmp_path, pool):
+    path = tmp_path / "train.py"
+    config = TINY.model_dump() | {"steps": 40, "batch": 3, "checkpoint_every": 2, "validate_every": 40}
+    path.write_text(
         textwrap.dedent(
             f"""
             import sys, torch
             from pathlib import Path
             from reconstruct.train import TrainConfig, pretrain
             torch.set_num_threads(1)
-            config = TrainConfig(**{TINY.model_dump()!r})
-            pretrain(config, Path(sys.argv[1]), Path({str(pool)!r}), device=torch.device("cpu"))
+            config = TrainConfig(**{config!r})
+            pretrain(config, Path(sys.argv[1]), Path({str(pool)!r}), device=torch.device("cpu"), resume=True)
             """
         )
     )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    subprocess.run([*launch, str(tmp_path / "run")], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    tensors, _ = load_weights(tmp_path / "run" / "weights.safetensors")
-    assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_two_processes_learn_what_one_learns_and_a_killed_one_comes_back(tmp_path, training_script):
+    """An odd batch shared by two; one of two killed when it has a state to go back to: then the same weights."""
+    subprocess.run([sys.executable, str(training_script), str(tmp_path / "one")], check=True)
+    assert torchrun(training_script, tmp_path / "two").wait(timeout=900) == 0
+    killed = torchrun(training_script, tmp_path / "killed", restarts=3)
+    while latest_state(tmp_path / "killed") is None:
+        assert killed.poll() is None
+        time.sleep(0.1)
+    ranks = [p for p in psutil.Process(killed.pid).children(recursive=True) if "train.py" in " ".join(p.cmdline())]
+    ranks[-1].kill()
+    assert killed.wait(timeout=900) == 0
+    one, two, back = (load_weights(tmp_path / name / "weights.safetensors")[0] for name in ("one", "two", "killed"))
+    torch.manual_seed(TINY.seed)
+    assert moved_apart(one, two, build(TINY.preset).state_dict()) < 0.05
+    assert all(torch.equal(two[name], back[name]) for name in two)
 
 
 # --------------------------------------------------------------------------------------------------- captured stacks
