@@ -235,9 +235,11 @@ class DefaultNet(nn.Module):
 
         where = self.place(self._hypothesis_features(coc_px, hypotheses.step_px).flatten(1))[..., None, None]
         parts = [(cost - least).clamp_max(4.0) / 2, base, answer, pooled.flatten(1, 2)]
-        weights = self.mix.weight.split([part.shape[1] for part in parts], 1)
-        mixed = sum(map(F.conv2d, parts, weights), where + self.mix.bias[:, None, None])  # type: ignore[index]
-        del parts, pooled  # a quarter of all memory
+        weights = self.mix.weight.split([x.shape[1] for x in parts], 1)
+        mixed = where + self.mix.bias[:, None, None]  # type: ignore[index]
+        for part, weight in zip(parts, weights, strict=True):
+            mixed = mixed + F.conv2d(part, weight)
+        del parts, part, pooled  # a quarter of all memory
         mixed = F.leaky_relu(mixed, 0.1)
         signs = [least - 0.7, typical - 1.5, error_px.log()]
         x1 = self.stem(torch.cat([mixed, features.mean(1), features.amax(1), *signs], 1))

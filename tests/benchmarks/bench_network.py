@@ -170,7 +170,7 @@ FIGURES = ("abs_rel", "mae_dpt", "mae_coc_px", "median_coc_px", "rmse_coc_px", "
 def print_rows(rows: Rows, title: str, *, each: bool = False) -> None:
     """Means over scenes of every method, and with `each` the scenes' MAE."""
     print(f"\n{title}: means over {len(rows)} scenes; px are of blur std (CoC / 4)")
-    print(f"{'method':9} AbsRel  MAE dpt  MAE px  median  RMSE px  edges  rest   AUSE  1 std  cut70 (most)  PSNR  CPU s")
+    print(f"{'method':9} AbsRel  MAE dpt  MAE px  median  RMSE px  edges  rest   AUSE  1 std  cut70 (most) PSNR  CPU s")
     for method in next(iter(rows.values())):
         m = {name: float("nan") for name in metrics.LABELS} | {"cpu_s": float("nan")} | means(rows, method)
         px = [m[name] / 4 for name in FIGURES[2:]]
@@ -178,7 +178,7 @@ def print_rows(rows: Rows, title: str, *, each: bool = False) -> None:
             f"{method:9} {m['abs_rel']:6.4f}  {m['mae_dpt']:7.4f}  {px[0]:6.3f}  {px[1]:6.3f}  {px[2]:7.3f}", end="  "
         )
         print(f"{px[3]:5.2f}  {px[4]:5.3f}  {m['ause']:5.3f}  {m['coverage']:5.2f}  {m['kept70_cut']:5.2f}", end="  ")
-        print(f"{m['kept70_limit']:7.2f}", end="  ")
+        print(f"({m['kept70_limit']:.2f})", end=" ")
         print(f"{m['psnr_db']:5.2f}  {m['cpu_s']:5.2f}")
     if each:
         methods = [m for m in next(iter(rows.values())) if not m.startswith("sff")]
