@@ -25,7 +25,7 @@ from calibration.edges import CalibrationError
 logger = logging.getLogger(__name__)
 
 POSE_STD = 2e-4  # relative error of a PnP distance with the right focal length (notes 4.4: 0.00 to 0.013 %)
-BLUR_STD_PX, BLUR_STD_RATIO = 0.006, 0.0007  # what the template does not explain, common to no two patches
+BLUR_STD_PX, BLUR_STD_RATIO = 0.01, 0.001  # what the template does not explain, common to no two patches
 MAX_DEGREE = 4
 SMALL_BLUR_PX = 5.0  # stage 2 leaves out what is smaller: there the floor's shape counts, not only its size
 FLOOR_SHAPE_PX2 = 0.3  # error of c^2 there when the bank already has a floor of the right size
@@ -436,7 +436,7 @@ class LeftOut(NamedTuple):
 
     @property
     def agrees(self) -> bool:
-        """Whether the shift is within three standard errors, or within what blur of half a pixel can tell."""
+        """Whether the shift is within three standard errors."""
         return abs(self.shift_dpt) <= 3.0 * self.expected_dpt
 
 
@@ -468,7 +468,7 @@ def leave_one_out(seen: Observations, fit: Fit) -> list[LeftOut | None]:
         by_frame = [float(np.median(miss_dpt[own.frame == frame])) for frame in frames]
         by_gain = rest.pupil_std_m / rest.pupil_m * float(np.mean(predicted / (rest.pupil_m * own.focal_px)))
         parts = (
-            rest.tau_dpt / np.sqrt(len(frames)),
+            max(rest.tau_dpt, fit.tau_dpt) / np.sqrt(len(frames)),
             float(np.mean(rest.focus_std_dpt(own.position[first]))),
             POSE_STD * float(np.median(own.inverse_depth_dpt)),
             by_gain,

@@ -1,8 +1,8 @@
 """How well a lens is calibrated: errors and coverage over noise and board distances, on measurements and on images.
 
 Limits and error terms were chosen on `Truth()`, on the cameras of tests/calibration and on image-level trials with
-seeds 0 to 7; the image-level trials reported here start at seed 1000, every one with a camera, poses and noise of its
-own.
+seeds 0 to 7; the image-level trials start at seed 2000, every one with a camera, poses and noise of its own. (Seeds
+1000 to 1025 are spent: after them the error of a patch was put back from 0.006 to 0.01 px.)
 `--speed` times four sweeps of eleven frames of 24 megapixels (needs 2 GB of disk).
 """
 
@@ -35,7 +35,7 @@ BOARDS = {
     "6": [(0.64, 0.01), (0.74, 0.01), (0.88, 0.01), (1.08, 0.02), (1.35, 0.01), (2.0, 0.01)],
 }
 STEPS = np.linspace(0, 1000, 11)
-FIRST_SEED = 1000
+FIRST_SEED = 2000
 FOCAL_RATIO = 1e-3  # what is not known of the focal length
 LENSES = [
     Truth(pupil_m=0.0118, bend=-0.3, cubic=0.35, breathing=-0.06, floor_px=2.2, jitter_dpt=0.0015),

@@ -164,16 +164,16 @@ def test_a_stack_of_another_board_is_refused(frames):
         locate(stack_of(frames[0][5:8], board=Board(columns=8, rows=6, square_m=0.035)).sweep)
 
 
-def test_each_sweep_is_predicted_by_the_other_where_that_can_be(calibration):
-    frontal, tilted = calibration.left_out
-    assert tilted is None  # one frontal sweep alone predicts nothing
-    assert frontal is not None and frontal.agrees
-    assert abs(frontal.shift_dpt) < 0.02
-    source = calibration.profile.sources[0]
-    assert (source.left_out_shift_dpt, source.left_out_expected_dpt) == (frontal.shift_dpt, frontal.expected_dpt)
-    assert calibration.profile.sources[1].left_out_shift_dpt is None
-    assert "Leaving each sweep out" in " ".join(calibration.sentences)
-    assert "cannot be told" in report_html(calibration)
+def test_what_the_other_sweeps_predict_is_recorded(calibration):
+    page = report_html(calibration)
+    for left, source in zip(calibration.left_out, calibration.profile.sources, strict=True):
+        if left is None:  # a single sweep of a small board need not determine a fit
+            assert source.left_out_shift_dpt is None and "cannot be told" in page
+        else:
+            assert left.agrees
+            assert source.left_out_shift_dpt == left.shift_dpt
+            assert f"{left.shift_dpt:+.4f} &plusmn;" in page
+    assert calibration.left_out[1] is None  # one frontal sweep alone predicts nothing
 
 
 def test_what_the_numbers_cannot_show_is_warned_about(frames):
@@ -188,6 +188,7 @@ def test_what_the_numbers_cannot_show_is_warned_about(frames):
     assert [w for w in warnings if w.startswith("IMPLAUSIBLE_APERTURE: 22.") and "where f / N is 17.9 mm" in w]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k1", [0.06, -0.06])
 def test_distortion_is_estimated_from_tilted_boards(k1):
     camera = BoardCamera(height=320, width=480, focal_px=700.0, distortion=k1, noise=0.005)
