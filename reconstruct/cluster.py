@@ -77,7 +77,7 @@ def connect(workers: int, address: str | None) -> Iterator[Any]:
             n_workers=workers,
             threads_per_worker=1,
             host="127.0.0.1",
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",  # None still listens, on port 8787 of every interface
             silence_logs=50,
         ) as cluster,
         Client(cluster) as client,
