@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from capture.optics import Condition, simulate_sweep, sweep_for_scene
+from capture.optics import Condition, Psf, simulate_sweep, sweep_for_scene
 from capture.scenes import procedural_scene
 from reconstruct.estimate import Estimate
 from reconstruct.losses import charbonnier
 from reconstruct.plane_sweep import plane_sweep
+from reconstruct.predict import load_network, predict
 from reconstruct.refine import RefineConfig, refine
 from reconstruct.render import render_stack
 
@@ -18,9 +19,9 @@ from reconstruct.render import render_stack
 class Stack:
     """A noisy disc-blurred sweep of a small procedural scene, with its truth."""
 
-    def __init__(self) -> None:
+    def __init__(self, psf: Psf = "disc") -> None:
         scene = procedural_scene(3, 72, 96)
-        sweep = simulate_sweep(scene, *sweep_for_scene(scene, 4, 12.0), Condition(noise_std=0.01, bits=8))
+        sweep = simulate_sweep(scene, *sweep_for_scene(scene, 4, 12.0), Condition(psf=psf, noise_std=0.01, bits=8))
         self.frames = torch.from_numpy(np.ascontiguousarray(sweep.linear().transpose(0, 3, 1, 2)))
         self.focus = torch.tensor(sweep.focus_dpt, dtype=torch.float32)
         self.kappa = torch.tensor(sweep.kappa_px_per_dpt, dtype=torch.float32)
@@ -58,9 +59,22 @@ def test_truth_beats_a_smoothed_truth(stack, model):
     assert best_loss(stack, stack.truth, model) < best_loss(stack, smoothed, model)
 
 
-def test_truth_beats_the_plane_sweep_with_occlusion(stack):
+@pytest.mark.parametrize("estimate", ["plane sweep", "network"])
+def test_truth_beats_our_estimates_with_occlusion(stack, estimate):
     """Scatter fails this: it mixes light across the edges of near objects that occlusion keeps apart."""
-    assert best_loss(stack, stack.truth, "occlusion") < best_loss(stack, stack.start.inverse_depth_dpt, "occlusion")
+    answer = stack.start
+    if estimate == "network":
+        answer = predict(load_network("default", torch.device("cpu")), stack.frames, stack.focus, stack.kappa)
+    assert best_loss(stack, stack.truth, "occlusion") < best_loss(stack, answer.inverse_depth_dpt, "occlusion")
+
+
+@pytest.mark.parametrize("psf", ["disc", "gaussian"])
+def test_the_lens_s_own_point_spread_function_is_chosen(psf):
+    """Believing in the other one makes a good depth worse."""
+    stack = Stack(psf)
+    chosen = refine(stack.frames, stack.focus, stack.kappa, stack.start, steps=1)
+    told = refine(stack.frames, stack.focus, stack.kappa, stack.start, steps=1, psf=psf)
+    assert torch.equal(chosen.inverse_depth_dpt, told.inverse_depth_dpt)
 
 
 def test_refine_improves_the_plane_sweep(stack):
@@ -94,10 +108,15 @@ def test_missing_pixels_do_not_count(stack):
 
 
 def test_a_wrong_focus_setting_is_found(stack):
-    """One frame's focus is misreported by half a pixel of blur: freeing it must lower the depth error it causes."""
+    """One frame's focus is misreported by half a pixel of blur: freeing it must lower the depth error it causes.
+
+    The start was made with the wrong focus, so neither side is held to it.
+    """
     wrong = stack.focus.clone()
     wrong[1] += 0.5 * 4 / stack.kappa[1]
     start = plane_sweep(stack.frames, wrong, stack.kappa)
-    held = refine(stack.frames, wrong, stack.kappa, start, steps=15)
-    freed = refine(stack.frames, wrong, stack.kappa, start, steps=15, config=RefineConfig(focus_step_px=0.04))
+    held = refine(stack.frames, wrong, stack.kappa, start, steps=15, config=RefineConfig(prior=0.0))
+    freed = refine(
+        stack.frames, wrong, stack.kappa, start, steps=15, config=RefineConfig(prior=0.0, focus_step_px=0.04)
+    )
     assert stack.error(freed) < stack.error(held)
