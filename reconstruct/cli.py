@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -80,17 +81,20 @@ def reconstruct_command(
         align=align,
         max_residual_px=float("inf") if allow_misaligned else None,
         device=device,
-        compare=len(stacks) == 1,
     )
-    work = job.Job(out, settings, lens, depth_unit, wanted, force)  # type: ignore[arg-type]
+    single = replace(settings, compare=True)  # the plane sweep beside the network: for one stack, not for thousands
     if follow:
         if len(stacks) != 1:
             raise UsageError(f"--follow takes one stack, got {len(stacks)}")
-        batch.follow(stacks[0], work)
-    elif watch:
+        batch.follow(stacks[0], job.Job(out, single, lens, depth_unit, wanted, force))  # type: ignore[arg-type]
+        return
+    found = [] if watch else batch.find_stacks(stacks)
+    chosen = single if len(found) == 1 else settings
+    work = job.Job(out, chosen, lens, depth_unit, wanted, force)  # type: ignore[arg-type]
+    if watch:
         batch.watch(stacks, work, workers=workers, address=on)
     else:
-        batch.run(batch.find_stacks(stacks), work, workers=workers, address=on)
+        batch.run(found, work, workers=workers, address=on)
 
 
 @app.command("evaluate")
@@ -166,7 +170,7 @@ def session_command(
     camera: Annotated[str, typer.Option(help="gphoto2:, opencv:0, picamera2:, simulated:SCENE or replay:FOLDER.")],
     out: Annotated[Path, typer.Option("--output", "-o", help="Folder of the session; an existing one is continued.")],
     lens: Annotated[str | None, typer.Option(help="lens.yaml of a calibration, or optics: '50mm f/2.8 12um'.")] = None,
-    method: Annotated[str, typer.Option(help="network or plane-sweep.")] = "plane-sweep",
+    method: Annotated[str, typer.Option(help="network or plane-sweep; first looks are plane sweeps.")] = "network",
     weights: Annotated[str, typer.Option(help="Weights of the network: a name or a file.")] = "default",
     refine: Annotated[int, typer.Option(min=0, help="Gradient steps through the renderer after the first answer.")] = 0,
     manual_focus: Annotated[bool, typer.Option("--manual-focus", help="You turn the ring by hand.")] = False,

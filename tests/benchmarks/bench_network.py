@@ -3,7 +3,7 @@
     python -m tests.benchmarks network                     (all parts; half an hour of one core)
     python -m tests.benchmarks.bench_network --parts zero
 
-Parts: `zero` plane sweep, `default` as shipped, and `default` after 25 refinement steps, in every optics and condition;
+Parts: `zero` plane sweep and `default` as shipped in every optics and condition (refinement: `bench_refine.py`);
 `tune` the shipped network fine-tuned on ten of the scenes' own stacks and tried on the other five; `nothing` a new
 `default` trained on the stacks alone; `paper` the published network and training on the stacks, on a short budget;
 `motorcycle` 640 x 480 x 5, errors and CPU seconds. Weights are those in the package. Everything goes to
@@ -30,7 +30,6 @@ from reconstruct.estimate import Estimate
 from reconstruct.finetune import FINETUNE, FROM_NOTHING, PAPER, adapt, train_paper
 from reconstruct.plane_sweep import plane_sweep
 from reconstruct.predict import TrainedNetwork, load_network, predict
-from reconstruct.refine import refine
 from reconstruct.shape_from_focus import WINDOWS_PX, shape_from_focus
 from tests.benchmarks.bench_foundation import (
     MOTORCYCLE_MAX_COC_PX,
@@ -56,7 +55,6 @@ RESULT = ROOT / "bench-results" / "network.json"
 CONDITIONS = ("disc", "noisy", "mismatched")
 PARTS = ("zero", "motorcycle", "tune", "nothing", "paper")
 CPU = torch.device("cpu")
-REFINE_STEPS = 25
 
 
 def scored(stack: FoundationStack, estimate: Estimate, seconds: float) -> Scores:
@@ -80,7 +78,7 @@ def by_network(network: TrainedNetwork, stack: FoundationStack) -> tuple[Estimat
 
 
 def zero_shot(network: TrainedNetwork, stack: FoundationStack) -> dict[str, Scores]:
-    """Figures of shape from focus (depth only), plane sweep, network, and network with refinement."""
+    """Figures of shape from focus (depth only), plane sweep and network."""
     kappa = float(stack.kappa.mean())
     scores = {
         f"sff{w}": metrics.depth_errors(shape_from_focus(stack.frames, stack.focus_dpt, w), stack.scene.depth_m, kappa)
@@ -92,9 +90,6 @@ def zero_shot(network: TrainedNetwork, stack: FoundationStack) -> dict[str, Scor
     scores["sweep"] = scored(stack, swept, time.process_time() - start)
     found, seconds = by_network(network, stack)
     scores["network"] = scored(stack, found, seconds)
-    start = time.process_time()
-    refined = refine(*tensors(stack), found, steps=REFINE_STEPS, valid=valid)
-    scores["refined"] = scored(stack, refined, seconds + time.process_time() - start)
     return scores
 
 
@@ -193,7 +188,7 @@ def better(rows: Rows, new: str, old: str, margin: float = 0.0) -> float:
 
 
 def zero_goals(tables: dict[tuple[str, str], Rows]) -> list[Goal]:
-    """Goals of the zero-shot and refinement columns."""
+    """Goals of the zero-shot columns."""
     found = []
     base = tables.get(("dslr", "noisy"))
     if base:
@@ -208,13 +203,11 @@ def zero_goals(tables: dict[tuple[str, str], Rows]) -> list[Goal]:
                 Goal("AbsRel, disc / base", means(tables["dslr", "disc"], "network")["abs_rel"] / mine["abs_rel"], 1.1)
             )
     for (optics, condition), rows in tables.items():
-        net, swept, fine = (means(rows, m) for m in ("network", "sweep", "refined"))
+        net, swept = (means(rows, m) for m in ("network", "sweep"))
         where = f"({optics}, {condition})"
         found += [
             Goal(f"zero-shot MAE / plane sweep {where}", net["mae_coc_px"] / swept["mae_coc_px"], 1.0),
             Goal(f"zero-shot median / plane sweep {where}", net["median_coc_px"] / swept["median_coc_px"], 1.0),
-            Goal(f"refined MAE / start {where}", fine["mae_coc_px"] / net["mae_coc_px"], 0.75),
-            Goal(f"refined better on, share of scenes {where}", better(rows, "refined", "network"), 0.9, at_least=True),
         ]
     return found
 
