@@ -40,8 +40,6 @@ class RefineConfig:
     Attributes:
         depth_step_px: change of inverse depth per step, in px of blur.
         image_step: change of the all-in-focus image per step.
-        focus_step_px: change of each frame's focus setting per step, in px of blur; 0 trusts the camera.
-        focus_prior_px: how wrong the focus settings are expected to be.
         charbonnier: differences below this count quadratically, in square roots of linear light.
         smoothness: weight of the edge-aware smoothness of depth in px of blur.
         prior: weight of the distance from the start, in the start's own standard deviations.
@@ -52,8 +50,6 @@ class RefineConfig:
 
     depth_step_px: float = 0.09
     image_step: float = 0.006
-    focus_step_px: float = 0.0
-    focus_prior_px: float = 0.1
     charbonnier: float = 0.02
     smoothness: float = 0.006
     prior: float = 0.001
@@ -133,10 +129,7 @@ class _Refinement:
         self.expected_px = start.inverse_depth_dpt / self.dpt_per_px  # the start, and what moves made of it
         self.depth_px = self.expected_px.clone().requires_grad_()
         self.aif = start.aif.to(frames).clone().requires_grad_()
-        self.focus_px = torch.zeros_like(self.focus_dpt).requires_grad_(config.focus_step_px > 0)
         self.rates = [(self.depth_px, config.depth_step_px), (self.aif, config.image_step)]
-        if config.focus_step_px > 0:
-            self.rates.append((self.focus_px, config.focus_step_px))
         self.optimizer = self._fresh_optimizer()
         self.lowest, self.kept_px = float("inf"), self.expected_px
 
@@ -168,7 +161,7 @@ class _Refinement:
         rendered = render_stack(
             aif[None],
             (depth_px * self.dpt_per_px)[None, None],
-            (self.focus_dpt + self.focus_px * self.dpt_per_px)[None],
+            self.focus_dpt[None],
             self.kappa[None],
             model=self.model,
             psf=self.psf,
@@ -180,14 +173,13 @@ class _Refinement:
         return ((difference.square() + scale * scale).sqrt() - scale) * self.weight
 
     def loss(self) -> Tensor:
-        """What is minimised, a scalar: misfit, smoothness, and what the start and the camera are trusted with."""
+        """What is minimised, a scalar: misfit, smoothness, and the distance from a start that was sure of itself."""
         config = self.config
         guide = _perceived(self.aif.detach().clamp_min(0))
         smoothness = edge_aware_smoothness(self.depth_px[None, None], guide[None])
         photometric = self.misfit(self.aif, self.depth_px).sum() / (3 * self.weight.sum().clamp_min(1))
         distance = ((1 + ((self.depth_px - self.expected_px) / self.std_px).square()).sqrt() - 1).mean()
-        focus = (self.focus_px / config.focus_prior_px).square().mean()
-        return photometric + config.smoothness * smoothness + config.prior * distance + config.charbonnier**2 * focus
+        return photometric + config.smoothness * smoothness + config.prior * distance
 
     @torch.no_grad()
     def try_moves(self) -> None:

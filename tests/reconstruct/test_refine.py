@@ -12,7 +12,7 @@ from reconstruct.estimate import Estimate
 from reconstruct.losses import charbonnier
 from reconstruct.plane_sweep import plane_sweep
 from reconstruct.predict import load_network, predict
-from reconstruct.refine import RefineConfig, refine
+from reconstruct.refine import refine
 from reconstruct.render import render_stack
 
 
@@ -105,18 +105,3 @@ def test_missing_pixels_do_not_count(stack):
     moved = (refined.inverse_depth_dpt - stack.start.inverse_depth_dpt).abs() * stack.kappa.mean() / 4
     assert torch.isfinite(refined.inverse_depth_dpt).all()
     assert moved[-5:].mean() < 1  # light of 1000 would have thrown it far
-
-
-def test_a_wrong_focus_setting_is_found(stack):
-    """One frame's focus is misreported by half a pixel of blur: freeing it must lower the depth error it causes.
-
-    The start was made with the wrong focus, so neither side is held to it.
-    """
-    wrong = stack.focus.clone()
-    wrong[1] += 0.5 * 4 / stack.kappa[1]
-    start = plane_sweep(stack.frames, wrong, stack.kappa)
-    held = refine(stack.frames, wrong, stack.kappa, start, steps=15, config=RefineConfig(prior=0.0))
-    freed = refine(
-        stack.frames, wrong, stack.kappa, start, steps=15, config=RefineConfig(prior=0.0, focus_step_px=0.04)
-    )
-    assert stack.error(freed) < stack.error(held)
