@@ -21,6 +21,7 @@ from capture.errors import DaifError, SomeFailedError, UsageError
 MAX_DEATHS = 2
 POLL_S = 0.1
 NO_WORKER_LIMIT_S = 300.0  # a restarted worker imports torch, a queued one waits for its machine
+FETCH_LIMIT_S = 10.0  # for one record, some kB
 RESTART_LIMIT_S = 100.0  # a local worker that has not restarted by then never will
 
 
@@ -162,9 +163,11 @@ def _workers(client: Any) -> dict[str, int] | None:
     """Threads of every worker that is there now; None if there is no scheduler any more."""
     if client.status != "running":
         return None
+    from distributed import TimeoutError
+
     try:  # not `client.scheduler_info`: its cache is emptied of workers every few seconds, also while one reads it
         known = client.sync(client.scheduler.identity, n_workers=-1)
-    except OSError:  # went away while it was asked
+    except (TimeoutError, OSError):  # went away while it was asked
         return None
     return {address: info["nthreads"] for address, info in known["workers"].items()}
 
@@ -191,10 +194,26 @@ def _hand_out(client: Any, board: _Board, capacity: dict[str, int], call: Callab
 
 
 def _collect(board: _Board) -> Iterator[Finished]:
+    """Take in what has ended.
+
+    A record stays on its worker until it is fetched. If the worker dies before that, Dask would wait for ever for it
+    to be computed again there; so the wait is short, and a stack whose record did not come stays on the board, where
+    `_bury` finds that its worker is gone.
+    """
+    from concurrent.futures import CancelledError
+
+    from distributed import TimeoutError  # on Python 3.10 not the built-in one
+
     for future in [future for future in board.running if future.done()]:
-        item, _ = board.running.pop(future)
+        record = None
         if future.status == "finished":
-            yield Finished(item, record=future.result())
+            try:
+                record = future.result(timeout=FETCH_LIMIT_S)
+            except (TimeoutError, OSError, CancelledError):
+                continue
+        item, _ = board.running.pop(future)
+        if record is not None:
+            yield Finished(item, record=record)
         elif future.status == "error":
             error = future.exception()
             if type(error).__name__ == "KilledWorker":

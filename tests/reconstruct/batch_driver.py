@@ -30,7 +30,8 @@ def real(folder, out):
     from reconstruct.job import Job
 
     batch._process_on_worker = poisoned
-    batch.run(batch.find_stacks([str(folder)]), Job(str(out), Settings(device="cpu", align=False)), workers=2)
+    settings = Settings(device="cpu", align=False, method="plane-sweep")
+    batch.run(batch.find_stacks([str(folder)]), Job(str(out), settings), workers=2)
 
 
 def work(item, out):

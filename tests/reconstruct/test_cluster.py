@@ -13,6 +13,7 @@ from pathlib import Path
 import cloudpickle
 import psutil
 import pytest
+from distributed import Future
 
 from capture.errors import DataError, SomeFailedError, UsageError
 from reconstruct import cluster
@@ -72,6 +73,29 @@ def test_workers_killed_from_outside_lose_no_stack(client, tmp_path):
             kills += 1
     assert kills == 2
     assert Counter(bool(f.record) for f in done) == {True: 20}
+
+
+@pytest.mark.timeout(120)
+def test_a_worker_killed_before_its_record_is_fetched(client, tmp_path, monkeypatch):
+    """Dask's own `result()` never returns then: the stack is pinned to a worker that is no more."""
+    monkeypatch.setattr(cluster, "FETCH_LIMIT_S", 1.0)
+    fetch = Future.result
+    killed = []
+
+    def fetch_too_late(future, timeout=None):
+        if not killed:
+            ((holder,),) = client.who_has([future]).values()
+            killed.append(client.run(os.getpid, workers=[holder])[holder])
+            os.kill(killed[0], signal.SIGKILL)
+            psutil.wait_procs([psutil.Process(killed[0])] if psutil.pid_exists(killed[0]) else [])
+        return fetch(future, timeout=timeout)
+
+    monkeypatch.setattr(Future, "result", fetch_too_late)
+    paths = [tmp_path / f"stack{i}" for i in range(4)]
+    ends = list(cluster.run_on(client, [str(path) for path in paths], work))
+    assert sorted(f.record["name"] for f in ends) == [path.name for path in paths]
+    assert killed
+    assert sorted(marks(paths).values()) == [1, 1, 1, 2]  # done again: `work` leaves nothing to find
 
 
 @contextlib.contextmanager
