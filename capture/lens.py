@@ -228,6 +228,7 @@ class LensProfile(BaseModel):
         grade: `metric` (target), `anchored` (known distances), `exif` (predicted), `relative` (units unknown).
         psf: family in which diameters are stated; `disc` is a uniform disc of the circle of confusion's diameter.
         floor_sigma_px: the blur left in perfect focus, as the standard deviation of a Gaussian convolved with it.
+            Calibration needs it to measure blur, a renderer could; comparing frames with each other does not.
         near_far_ratio: blur gain in front of focus over the gain behind it; 1 for an ideal lens.
         field_curvature_dpt: focus shift from the centre to the corner of the image.
         distance_scale_std: relative error common to all distances (size of the board, focal length in pixels).

@@ -85,6 +85,15 @@ def optics_of(stack: FocalStack, profile: LensProfile | None = None) -> StackOpt
 
 
 def _from_profile(stack: FocalStack, profile: LensProfile) -> StackOptics:
+    """Focus, gain, breathing and their errors at the stack's focus positions.
+
+    The profile's floor is not taken. The plane sweep blurs the sharper of two frames by sqrt(b^2 - a^2), and both hold
+    the same floor s: convolution adds it alike to either side, so at the true depth they agree whatever s is.
+    Refinement does render, but from an image fused from the frames, which holds the floor already; it keeps
+    `RefineConfig.floor_px`, whatever the lens.
+
+    Raises DataError if the profile does not fit the stack's size or knows nothing of its focus positions.
+    """
     fitted = profile.fitted_to(stack.width, stack.height)
     if stack.focus_unit == fitted.focus.unit and not np.isnan(stack.focus_command).any():
         optics = fitted.optics(stack.focus_command)
