@@ -170,7 +170,7 @@ def session_command(
     camera: Annotated[str, typer.Option(help="gphoto2:, opencv:0, picamera2:, simulated:SCENE or replay:FOLDER.")],
     out: Annotated[Path, typer.Option("--output", "-o", help="Folder of the session; an existing one is continued.")],
     lens: Annotated[str | None, typer.Option(help="lens.yaml of a calibration, or optics: '50mm f/2.8 12um'.")] = None,
-    method: Annotated[str, typer.Option(help="network or plane-sweep; first looks are plane sweeps.")] = "network",
+    method: Annotated[str, typer.Option(help="network or plane-sweep; first looks are plane sweeps.")] = "plane-sweep",
     weights: Annotated[str, typer.Option(help="Weights of the network: a name or a file.")] = "default",
     refine: Annotated[int, typer.Option(min=0, help="Gradient steps through the renderer after the first answer.")] = 0,
     manual_focus: Annotated[bool, typer.Option("--manual-focus", help="You turn the ring by hand.")] = False,

@@ -376,8 +376,8 @@ def fit(
         board.close()
     answer = {name: tensor.to(device) for name, tensor in (best or average.tensors).items()}
     if world > 1:
-        for tensor in answer.values():
-            torch.distributed.broadcast(tensor, 0)  # only the first process knows which were best
+        for name in sorted(answer):  # a resumed run has them in another order
+            torch.distributed.broadcast(answer[name], 0)  # only the first process knows which were best
         torch.distributed.destroy_process_group()
     return answer
 
@@ -421,7 +421,14 @@ def _join_processes(device: torch.device) -> tuple[int, int]:
     if not torch.distributed.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        store, rank, world = next(torch.distributed.rendezvous("env://"))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store still holds what killed ones wrote
+        torch.distributed.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=torch.distributed.PrefixStore(f"attempt-{attempt}", store),
+            rank=rank,
+            world_size=world,
+        )
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
