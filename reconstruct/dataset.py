@@ -34,6 +34,7 @@ from capture.lens import LensProfile
 from capture.optics import ApertureRenderer, Psf, Quality
 from capture.scenes import Scene, srgb_to_linear
 from capture.stack import FocalStack
+from reconstruct.device import own_share
 from reconstruct.optics import optics_of
 
 PHOTOGRAPHS = (
@@ -455,7 +456,7 @@ def prepare_captured(paths: Sequence[Path], profile: LensProfile | None, folder:
 
     Under torchrun every process prepares its share and waits for the others': `folder` must be on a disk they share.
     """
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world = own_share()
     targets = [folder / f"{path.stem}-{_fingerprint(path, profile)}" for path in paths]
     for path, target in list(zip(paths, targets, strict=True))[rank::world]:
         if not target.exists():

@@ -39,6 +39,11 @@ def pick_device(name: str = "auto") -> torch.device:
     raise UsageError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
 
 
+def own_share() -> tuple[int, int]:
+    """(number of this process, how many there are) among those that torchrun started; (0, 1) without it."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def _own_gpu() -> torch.device:
     """This process's CUDA device: under torchrun one each, else the current one."""
     place = os.environ.get("LOCAL_RANK")

@@ -29,7 +29,7 @@ from reconstruct import memory
 from reconstruct.device import pick_device
 from reconstruct.estimate import Estimate
 from reconstruct.fusion import channel_noise_variance, filled_frames, fuse
-from reconstruct.methods import METHODS, Method, Network, PlaneSweep
+from reconstruct.methods import METHODS, Network, PlaneSweep
 from reconstruct.optics import StackOptics, optics_of
 from reconstruct.plane_sweep import Evidence, Photometry, photometry
 from reconstruct.result import Reconstruction
@@ -133,19 +133,16 @@ def reconstruct(
     plan = _plan(stack, settings, step)
     focus, gain = (torch.as_tensor(v, dtype=torch.float32, device=device) for v in (optics.focus_dpt, kappa / step))
     sweep = PlaneSweep(focus, gain)
-    method: Method = Network(focus, gain, settings.weights) if settings.method == "network" else sweep
+    method = Network(focus, gain, settings.weights) if settings.method == "network" else sweep
     brightness = float(overview.frames.mean())
 
     def compute(tile_px: int) -> tuple[_Fields, _Fields | None]:
         picture = _Picture(stack, alignment, step, device, memory.Scratch(plan.scratch_bytes))
         clock.lap("read frames")
-
-        def fields_by(method: Method, refine_steps: int) -> _Fields:
-            method.context = picture.photometry(brightness)
-            return _estimate_tiled(picture, method, refine_steps, tile_px, progress)
-
-        fields = fields_by(method, settings.refine_steps)
-        baseline = fields_by(sweep, 0) if settings.compare and method is not sweep else None
+        method.context = sweep.context = picture.photometry(brightness)
+        fields = _estimate_tiled(picture, method, settings.refine_steps, tile_px, progress)
+        compared = settings.compare and method is not sweep
+        baseline = _estimate_tiled(picture, sweep, 0, tile_px, progress) if compared else None
         clock.lap("estimate")
         if step > 1:
             del picture
@@ -293,6 +290,7 @@ class _Picture:
     ) -> None:
         self.stack, self.alignment, self.step, self.device, self.scratch = stack, alignment, step, device, scratch
         self.height, self.width = stack.height // step, stack.width // step
+        self.gathered: _Gathered | None = None  # by the first method that needs it; it serves all alike
         self.kept: NDArray[np.float32] | None = None
         if step > 1:
             self.kept = scratch.empty((stack.n_frames, self.height, self.width, 3))
@@ -356,13 +354,15 @@ def _spans(length: int, tile_px: int, halo_px: int) -> list[tuple[slice, slice]]
     ]
 
 
-def _estimate_tiled(picture: _Picture, method: Method, refine_steps: int, tile_px: int, progress: Report) -> _Fields:
+def _estimate_tiled(
+    picture: _Picture, method: PlaneSweep, refine_steps: int, tile_px: int, progress: Report
+) -> _Fields:
     height, width = picture.height, picture.width
     fields = _Fields.empty(height, width)
     tiles = _tiles(height, width, tile_px, method.halo_px)
     gathered = None
     if len(tiles) > 1 and method.hypotheses:
-        gathered = _Gathered(picture, method, tile_px, progress)
+        gathered = picture.gathered = picture.gathered or _Gathered(picture, method, tile_px, progress)
     for done, tile in enumerate(tiles):
         progress("estimating depth", 0.4 + 0.3 * done / len(tiles))
         frames, seen = picture.read(*tile.outer)
@@ -379,7 +379,7 @@ def _estimate_tiled(picture: _Picture, method: Method, refine_steps: int, tile_p
 class _Gathered:
     """Evidence for the whole picture, compared tile by tile and smoothed as one."""
 
-    def __init__(self, picture: _Picture, method: Method, tile_px: int, progress: Report) -> None:
+    def __init__(self, picture: _Picture, method: PlaneSweep, tile_px: int, progress: Report) -> None:
         self.device = picture.device
         size = picture.height, picture.width
         cost, total = (picture.scratch.empty((method.hypotheses, *size)) for _ in range(2))

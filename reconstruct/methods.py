@@ -8,7 +8,7 @@ steps: `compare` tile by tile, `smooth` the whole, `estimate` tile by tile. Ever
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +19,8 @@ from reconstruct.plane_sweep import Evidence, Photometry, SweepConfig, plane_swe
 from reconstruct.predict import load_network, predict
 
 
-class Method(Protocol):
-    """What estimates depth of one stack, whose `focus_dpt` and `kappa` (S,) it knows.
+class PlaneSweep:
+    """`reconstruct/plane_sweep.py` on one stack, whose `focus_dpt` and `kappa` (S,) it knows.
 
     Attributes:
         description: for the record.
@@ -28,29 +28,6 @@ class Method(Protocol):
         halo_px: how far around a pixel `estimate` looks.
         context: exposure, noise and brightness of the whole picture.
     """
-
-    description: dict[str, Any]
-    hypotheses: int
-    halo_px: int
-    context: Photometry | None
-    focus_dpt: Tensor
-    kappa: Tensor
-
-    def compare(self, frames: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """Cost of each hypothesis (N, H, W) and guide (H, W) for `smooth`; frames (S, 3, H, W), valid (S, H, W)."""
-        ...
-
-    def smooth(self, cost: Tensor, guide: Tensor, out: Tensor, device: torch.device) -> None:
-        """Smooth `cost` of the whole picture, strip by strip on `device`, into `out`."""
-        ...
-
-    def estimate(self, frames: Tensor, valid: Tensor, evidence: Evidence | None) -> Estimate:
-        """Depth and all-in-focus image; `evidence` for these pixels where they are a tile."""
-        ...
-
-
-class PlaneSweep:
-    """`reconstruct/plane_sweep.py`."""
 
     halo_px = 64
     context: Photometry | None = None
@@ -61,13 +38,16 @@ class PlaneSweep:
         self.description: dict[str, Any] = {"name": "plane-sweep"}
 
     def compare(self, frames: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """Cost of each hypothesis (N, H, W) and guide (H, W) for `smooth`; frames (S, 3, H, W), valid (S, H, W)."""
         assert self.context is not None
         return sweep_cost(frames, self.focus_dpt, self.kappa, valid, self.config, self.context)
 
     def smooth(self, cost: Tensor, guide: Tensor, out: Tensor, device: torch.device) -> None:
+        """Smooth `cost` of the whole picture, strip by strip on `device`, into `out`."""
         smoothed(cost, guide, self.config, out=out, device=device)
 
     def estimate(self, frames: Tensor, valid: Tensor, evidence: Evidence | None) -> Estimate:
+        """Depth and all-in-focus image; `evidence` for these pixels where they are a tile."""
         more = {"config": self.config, "context": self.context, "evidence": evidence}
         return plane_sweep(frames, self.focus_dpt, self.kappa, valid=valid, **more)  # type: ignore[arg-type]
 
@@ -89,4 +69,4 @@ class Network(PlaneSweep):
         return predict(self.model, frames, self.focus_dpt, self.kappa, valid, **more)  # type: ignore[arg-type]
 
 
-METHODS: dict[str, type[PlaneSweep] | type[Network]] = {"plane-sweep": PlaneSweep, "network": Network}
+METHODS: dict[str, type[PlaneSweep]] = {"plane-sweep": PlaneSweep, "network": Network}

@@ -96,9 +96,8 @@ def sweep_prior(
 ) -> Prior:
     """A batch of one; arguments as for `plane_sweep`."""
     context = context or photometry(frames, valid)
-    tested = place_hypotheses(focus_dpt[None], kappa[None]).dpt[0]
     evidence = evidence or gather_evidence(frames, focus_dpt, kappa, valid, SWEEP, context)
-    swept = conclude(frames, focus_dpt, kappa, valid, evidence, tested, context)
+    swept = conclude(frames, focus_dpt, kappa, valid, evidence, SWEEP, context)
     volumes, maps = (x[None] for x in evidence), (x[None, None] for x in swept)
     return Prior(*[*volumes, *maps, context.brightness.view(1, 1, 1, 1)])
 

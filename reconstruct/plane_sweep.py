@@ -136,10 +136,9 @@ def plane_sweep(
     Memory: `reconstruct/memory.py`.
     """
     config = config or SweepConfig()
-    tested = hypotheses(focus_dpt, kappa, config.hypotheses, config.beyond_px).to(frames.device)
     context = context or photometry(frames, valid)
     evidence = evidence or gather_evidence(frames, focus_dpt, kappa, valid, config, context)
-    swept = conclude(frames, focus_dpt, kappa, valid, evidence, tested, context)
+    swept = conclude(frames, focus_dpt, kappa, valid, evidence, config, context)
     std = swept.error_px / kappa.mean()
     aif = fuse(frames, focus_dpt, kappa, swept.inverse_depth_dpt, std, valid=valid, noise=context.noise)
     return Estimate(swept.inverse_depth_dpt, std, 1.0 / (1.0 + swept.error_px), aif)
@@ -164,15 +163,16 @@ def conclude(
     kappa: Tensor,
     valid: Tensor | None,
     evidence: Evidence,
-    tested_dpt: Tensor,
+    config: SweepConfig,
     context: Photometry,
 ) -> Swept:
-    """Depth from `evidence` on the hypotheses `tested_dpt` (N,); the rest as for `plane_sweep`."""
+    """Depth from `evidence`; arguments as for `plane_sweep`."""
+    tested = hypotheses(focus_dpt, kappa, config.hypotheses, config.beyond_px).to(frames.device)
     px_per_dpt = kappa.mean()
-    found = peak(evidence.total, tested_dpt)
+    found = peak(evidence.total, tested)
     rough_error_px = expected_error_px(
         found * px_per_dpt,
-        peak(evidence.cost, tested_dpt) * px_per_dpt,
+        peak(evidence.cost, tested) * px_per_dpt,
         focus_dpt.min() * px_per_dpt,
         focus_dpt.max() * px_per_dpt,
     )

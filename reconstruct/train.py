@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from capture.errors import DataError, UsageError
 from reconstruct.checkpoint import latest_state, load_state, save_state, save_weights
 from reconstruct.dataset import ScenePool, SimulatedBatches, StackBatch
+from reconstruct.device import own_share
 from reconstruct.network import DefaultNet, NetworkOutput, PaperNet, build, place_hypotheses
 
 
@@ -404,7 +405,7 @@ def pretrain(config: TrainConfig, run: Path, pool: Path, *, device: torch.device
 
 def is_first_process() -> bool:
     """Whether this process is the one that writes, prints and decides; always, unless torchrun started several."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return own_share()[0] == 0
 
 
 def _told_by_the_first(decision: bool, device: torch.device) -> bool:
@@ -416,7 +417,7 @@ def _told_by_the_first(decision: bool, device: torch.device) -> bool:
 
 def _join_processes(device: torch.device) -> tuple[int, int]:
     """(rank, number of processes); under torchrun joins the others (gloo on CPU, nccl on CUDA)."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if own_share()[1] == 1:
         return 0, 1
     if not torch.distributed.is_initialized():
         if device.type == "cuda":

@@ -10,7 +10,7 @@ from capture.scenes import procedural_scene
 from capture.stack import FocalStack, write_stack
 from reconstruct import infer
 from reconstruct.infer import Settings, reconstruct
-from reconstruct.methods import METHODS
+from reconstruct.methods import METHODS, PlaneSweep
 from tests.reconstruct.small_stack import FOCUS_DPT, LENS, small_scene, write_small_stack
 
 CPU = Settings(method="plane-sweep", device="cpu")
@@ -51,6 +51,21 @@ def test_tiles_leave_no_trace(tmp_path, monkeypatch, method, max_coc_px):
         difference = np.abs(getattr(tiled, name) - getattr(whole, name))
         assert (difference > 1e-3).mean() < 1e-4, name  # two hypotheses alike to the last digit are decided by rounding
         assert difference.max() < 0.01, name
+
+
+def test_the_sweep_beside_the_network_shares_its_evidence(stack_file, monkeypatch):
+    """In tiles too, the picture is compared and smoothed once, and the baseline is what the sweep alone would say."""
+    monkeypatch.setattr(infer, "TILE_PX", 32)
+    for method in METHODS.values():
+        monkeypatch.setattr(method, "halo_px", 16)
+    smoothings, smooth = [], PlaneSweep.smooth
+    monkeypatch.setattr(PlaneSweep, "smooth", lambda *given: smoothings.append(1) or smooth(*given))
+    with FocalStack.open(stack_file) as stack:
+        both = reconstruct(stack, Settings(device="cpu", compare=True))
+        assert len(smoothings) == 1
+        alone = reconstruct(stack, CPU)
+    assert both.record["method"]["name"] == "network"
+    assert np.array_equal(both.baseline.inverse_depth_dpt, alone.inverse_depth_dpt)
 
 
 def test_wide_blur_is_worked_on_at_a_smaller_scale(stack_file):

@@ -19,17 +19,6 @@ FITS = """(({ bottom, top }) =>
   && Math.min(top + 100, bottom) <= innerHeight)($("takes-panel").getBoundingClientRect())"""
 
 
-@pytest.fixture(scope="module")
-def artefacts(tmp_path_factory):
-    return real.artefacts_folder(tmp_path_factory.mktemp("screenshots"))
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with real.chromium() as browser:
-        yield browser
-
-
 def screen(browser, server, artefacts):
     return real.screen(browser, server.url, artefacts, fits=FITS)
 

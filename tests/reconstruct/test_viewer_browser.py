@@ -15,17 +15,6 @@ DRAWN = "$('focus-value').textContent && $('threshold-value').textContent"  # bo
 
 
 @pytest.fixture(scope="module")
-def artefacts(tmp_path_factory):
-    return real.artefacts_folder(tmp_path_factory.mktemp("screenshots"))
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with real.chromium() as browser:
-        yield browser
-
-
-@pytest.fixture(scope="module")
 def out(tmp_path_factory) -> Path:
     """Two results of one stack: at full size, and at half of it."""
     folder = tmp_path_factory.mktemp("out")
