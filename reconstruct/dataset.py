@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import platform
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -35,6 +36,7 @@ from capture.optics import ApertureRenderer, Psf, Quality
 from capture.scenes import Scene, srgb_to_linear
 from capture.stack import FocalStack
 from reconstruct.device import own_share
+from reconstruct.network import Prior
 from reconstruct.optics import optics_of
 
 PHOTOGRAPHS = (
@@ -54,6 +56,7 @@ SWEEP = 13  # frames rendered of each scene; every training stack is a choice am
 FAR_DPT, NEAR_DPT = 0.5, 1.5  # the sweep of every simulated scene
 
 
+@dataclass(frozen=True)
 class StackBatch:
     """Stacks of equal size and length.
 
@@ -62,23 +65,21 @@ class StackBatch:
         focus_dpt, kappa: what the camera claims, (B, S).
         inverse_depth_dpt: truth, (B, 1, H, W), NaN where unknown; None for captured stacks.
         aif: true all-in-focus image, (B, 3, H, W), or None.
+        prior: what the plane sweep knows, where it was asked before; else None.
     """
 
-    def __init__(
-        self,
-        frames: Tensor,
-        focus_dpt: Tensor,
-        kappa: Tensor,
-        inverse_depth_dpt: Tensor | None = None,
-        aif: Tensor | None = None,
-    ) -> None:
-        self.frames, self.focus_dpt, self.kappa = frames, focus_dpt, kappa
-        self.inverse_depth_dpt, self.aif = inverse_depth_dpt, aif
+    frames: Tensor
+    focus_dpt: Tensor
+    kappa: Tensor
+    inverse_depth_dpt: Tensor | None = None
+    aif: Tensor | None = None
+    prior: Prior | None = None
 
     def to(self, device: torch.device) -> StackBatch:
         """The same batch on `device`."""
-        parts = (self.frames, self.focus_dpt, self.kappa, self.inverse_depth_dpt, self.aif)
-        return StackBatch(*(None if x is None else x.to(device, non_blocking=True) for x in parts))  # type: ignore[arg-type]
+        moved = {k: x.to(device, non_blocking=True) for k, x in vars(self).items() if isinstance(x, Tensor)}
+        prior = None if self.prior is None else Prior._make(x.to(device, non_blocking=True) for x in self.prior)
+        return replace(self, **moved, prior=prior)
 
 
 # ------------------------------------------------------------------------------------------------------ scenes
@@ -411,7 +412,8 @@ class SimulatedBatches:
         for place in range(part, self.size, parts):
             own = np.random.default_rng([self.pool.seed, 3, step, 1 + place])
             stacks.append(training_stack(self.pool[int(chosen[place])], own, frames, self.crop))
-        return StackBatch(*(torch.from_numpy(np.stack(x)) for x in zip(*stacks, strict=True)))
+        joined = (torch.from_numpy(np.stack(x)) for x in zip(*stacks, strict=True))
+        return StackBatch(*joined)  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------------------------------- captured stacks
@@ -449,6 +451,21 @@ class CapturedStack:
             focus_dpt=self.focus_dpt[keep],
             kappa=self.kappa[keep],
         )
+
+
+def kept_prior(prior: Prior, folder: Path) -> Prior:
+    """`prior` of one stack for many steps: volumes of half precision, mapped from a file in `folder` without a name.
+
+    Only what the network reads of `total` is kept, what it exceeds its least by; the file goes with the process.
+    """
+    least = prior.total.amin(1, keepdim=True)
+    volumes = []
+    for volume in (prior.cost, prior.total - least):
+        with tempfile.TemporaryFile(dir=folder) as file:
+            mapped = np.memmap(file, np.float16, "w+", shape=tuple(volume.shape))
+        mapped[:] = volume.clamp_max(torch.finfo(torch.float16).max).cpu().numpy()
+        volumes.append(torch.from_numpy(mapped))
+    return Prior._make([*volumes, *(x.cpu() for x in prior[2:])])
 
 
 def prepare_captured(paths: Sequence[Path], profile: LensProfile | None, folder: Path) -> list[CapturedStack]:

@@ -28,12 +28,12 @@ from torch import Tensor, nn
 from capture.errors import DataError
 from capture.lens import coc_diameter_px
 from reconstruct.checkpoint import save_weights
-from reconstruct.dataset import CapturedStack, StackBatch
+from reconstruct.dataset import CapturedStack, StackBatch, kept_prior
 from reconstruct.estimate import Estimate
 from reconstruct.fusion import fuse
 from reconstruct.losses import PUBLISHED, charbonnier, match_exposure, published_terms
-from reconstruct.network import DefaultNet, NetworkOutput, PaperNet, build
-from reconstruct.plane_sweep import plane_sweep
+from reconstruct.network import SWEEP, DefaultNet, NetworkOutput, PaperNet, Prior, build, sweep_prior
+from reconstruct.plane_sweep import gather_evidence, photometry, plane_sweep
 from reconstruct.predict import TrainedNetwork, predict, wrap
 from reconstruct.refine import refine
 from reconstruct.render import render_stack
@@ -80,22 +80,37 @@ class DistilTerms(NamedTuple):
 
 @dataclass(frozen=True)
 class Lesson:
-    """A captured stack without its withheld frame, what the network should say about it, and the frame itself."""
+    """A captured stack without its withheld frame, what the network should say about it, and the frame itself.
+
+    `prior` is of the whole picture, as in inference, and gathered once: that takes as long as a training step.
+    """
 
     stack: CapturedStack
+    prior: Prior
     wanted: Estimate
     full: CapturedStack
     withheld: int
 
     @classmethod
     def prepare(
-        cls, full: CapturedStack, start: TrainedNetwork | None, refine_steps: int, device: torch.device
+        cls, full: CapturedStack, start: TrainedNetwork | None, refine_steps: int, device: torch.device, folder: Path
     ) -> Lesson:
-        """Withhold a frame, estimate depth from the others (by `start`, else by plane sweep) and refine it."""
+        """Withhold a frame, estimate depth from the others (by `start`, else by plane sweep) and refine it.
+
+        What is too large for memory is mapped from `folder`.
+        """
         withheld = withheld_frame(full)
         stack = full if withheld < 0 else full.without(withheld)
         frames, focus, kappa, valid = (x.to(device) for x in (stack.frames, stack.focus_dpt, stack.kappa, stack.valid))
-        first = plane_sweep(frames, focus, kappa, valid=valid) if start is None else _predict(start, stack, device)
+        seen = None if bool(valid.all()) else valid
+        context = photometry(frames, seen)
+        evidence = gather_evidence(frames, focus, kappa, seen, SWEEP, context)
+        prior = sweep_prior(frames, focus, kappa, seen, context=context, evidence=evidence)
+        if start is None:
+            first = plane_sweep(frames, focus, kappa, valid=seen, context=context, evidence=evidence)
+        else:
+            parts = (frames, focus, kappa, valid)
+            first = predict(start, *parts, metric=stack.metric, context=context, evidence=evidence)
         wanted = refine(frames, focus, kappa, first, steps=refine_steps, valid=valid) if refine_steps else first
         wanted = Estimate(
             wanted.inverse_depth_dpt.cpu(),
@@ -104,7 +119,7 @@ class Lesson:
             wanted.aif.cpu(),
             metric=stack.metric,
         )
-        return cls(stack, wanted, full, withheld)
+        return cls(stack, kept_prior(prior, folder), wanted, full, withheld)
 
 
 def withheld_frame(stack: CapturedStack) -> int:
@@ -160,25 +175,26 @@ class DistilTask:
         lesson = self.lessons[int(rng.integers(len(self.lessons)))]
         stack, wanted = lesson.stack, lesson.wanted
         height, width = stack.frames.shape[-2:]
-        frames: list[Tensor] = []
-        depth: list[Tensor] = []
-        aif: list[Tensor] = []
+        maps = (stack.frames, wanted.inverse_depth_dpt[None], wanted.aif, *(x[0] for x in lesson.prior[:-1]))
+        crops: list[list[Tensor]] = [[] for _ in maps]
         for place in range(self.config.batch):
             top, left = int(rng.integers(height - self.crop + 1)), int(rng.integers(width - self.crop + 1))
             window = (..., slice(top, top + self.crop), slice(left, left + self.crop))
             turn, mirror = int(rng.integers(4)), rng.random() < 0.5
             if place % parts != part:
                 continue
-            for kept, x in ((frames, stack.frames), (depth, wanted.inverse_depth_dpt[None]), (aif, wanted.aif)):
-                crop = torch.rot90(x[window], turn, (-2, -1))
+            for kept, x in zip(crops, maps, strict=True):
+                crop = torch.rot90(x[window], turn, (-2, -1)).float()
                 kept.append(crop.flip(-1) if mirror else crop)
+        frames, depth, aif, *swept = map(torch.stack, crops)
         count = len(frames)
         return StackBatch(
-            torch.stack(frames),
+            frames,
             stack.focus_dpt.expand(count, -1),
             stack.kappa.expand(count, -1),
-            torch.stack(depth),
-            torch.stack(aif),
+            depth,
+            aif,
+            Prior._make([*swept, lesson.prior.brightness.expand(count, -1, -1, -1)]),
         )
 
     def terms(self, output: NetworkOutput, batch: StackBatch) -> DistilTerms:
@@ -261,7 +277,8 @@ def adapt(
     Raises DataError when no stack has three frames: then nothing can be withheld to judge by.
     """
     print(f"refining {len(stacks)} stack(s)", file=sys.stderr, flush=True)
-    lessons = [Lesson.prepare(stack, start, refine_steps, device) for stack in stacks]
+    run.mkdir(parents=True, exist_ok=True)
+    lessons = [Lesson.prepare(stack, start, refine_steps, device, run) for stack in stacks]
     if all(lesson.withheld < 0 for lesson in lessons):
         raise DataError("every stack has two frames only: none can be withheld to judge by; capture at least three")
     torch.manual_seed(config.seed)

@@ -326,7 +326,7 @@ def fit(
                     apart = isinstance(model, nn.parallel.DistributedDataParallel) and turn < config.accumulate - 1
                     with model.no_sync() if apart else nullcontext():  # type: ignore[operator]
                         with torch.autocast(device.type, torch.bfloat16, enabled=_bf16(device)):
-                            output = model(batch.frames, batch.focus_dpt, batch.kappa)
+                            output = model(batch.frames, batch.focus_dpt, batch.kappa, prior=batch.prior)
                         terms = task.terms(output, batch)
                         _check_finite(terms, step, run)
                         (weight * torch.stack(list(terms)).sum()).backward()

@@ -21,7 +21,7 @@ from capture.stack import write_stack
 from reconstruct.checkpoint import latest_state, load_state, load_weights, save_weights
 from reconstruct.cli import app
 from reconstruct.dataset import ScenePool, StackBatch, load_captured
-from reconstruct.finetune import FINETUNE, PhotometricTask, adapt, train_paper, withheld_frame
+from reconstruct.finetune import FINETUNE, DistilTask, Lesson, PhotometricTask, adapt, train_paper, withheld_frame
 from reconstruct.network import DefaultNet, NetworkOutput, build
 from reconstruct.predict import wrap
 from reconstruct.train import (
@@ -70,7 +70,7 @@ class ToyTask:
     def batch(self, step, part=0, parts=1):
         if step == self.poison_at:
             return StackBatch(self.data.frames * torch.nan, *list(vars(self.data).values())[1:])
-        return StackBatch(*(tensor[part::parts] for tensor in vars(self.data).values()))
+        return StackBatch(*(tensor[part::parts] for tensor in vars(self.data).values() if tensor is not None))
 
     def terms(self, output, batch):
         return supervised_terms(output, batch, TINY)
@@ -306,6 +306,21 @@ def test_withheld_frame_is_in_the_middle(stack_file):
     place = stack.focus_dpt.sort().values.tolist().index(float(stack.focus_dpt[withheld_frame(stack)]))
     assert 0 < place < len(stack.frames) - 1
     assert withheld_frame(stack.without(0).without(0).without(0)) == -1
+
+
+def test_evidence_is_gathered_once_and_turns_with_the_picture(tmp_path, stack_file):
+    """Crops as large as the picture, mirrored and turned: the network says the same as if it swept each anew."""
+    lesson = Lesson.prepare(load_captured(stack_file), None, 0, CPU, tmp_path)
+    task, net = DistilTask([lesson], QUICK.model_copy(update={"crop_px": 64, "batch": 6}), CPU), new_net()
+    batch = task.batch(0)
+    assert len({tuple(picture[:, 0, 0].tolist()) for picture in batch.frames[:, 0]}) > 2
+    with torch.inference_mode():
+        kept = net(batch.frames, batch.focus_dpt, batch.kappa, prior=batch.prior).inverse_depth_dpt
+        anew = net(batch.frames, batch.focus_dpt, batch.kappa).inverse_depth_dpt
+    off_px = (kept - anew).abs() * batch.kappa.mean()
+    assert off_px.median() < 0.01
+    assert (off_px > 0.1).float().mean() < 0.01
+    assert not list(tmp_path.iterdir())
 
 
 def test_adaptation_that_does_not_help_is_not_kept(tmp_path, stack_file):
