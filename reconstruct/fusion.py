@@ -78,6 +78,8 @@ def fuse(
 def filled_frames(frames: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     """`frames` (S, 3, H, W) with holes filled by the frames that see the pixel, and where they hold data (S, H, W)."""
     mask = usable_mask(torch.isfinite(frames).all(1), valid)
+    if bool(mask.all()):
+        return frames, mask
     seen = mask.sum(0)
     filled = torch.where(mask[:, None], frames, 0.0)
     average = filled.sum((0, 2, 3)) / seen.sum().clamp_min(1)

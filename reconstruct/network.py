@@ -121,8 +121,8 @@ class Block(nn.Module):
         nn.init.zeros_(self.second.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.leaky_relu(self.first(x), 0.1)
-        return F.leaky_relu(x + self.second(x), 0.1)
+        x = F.leaky_relu_(self.first(x), 0.1)
+        return F.leaky_relu_(x + self.second(x), 0.1)
 
 
 class DefaultNet(nn.Module):
@@ -166,11 +166,11 @@ class DefaultNet(nn.Module):
         self.detail = nn.Conv2d(32, 4 * (9 + self.CONTEXT), 1)
         self.fine = nn.Sequential(
             nn.Conv2d(self.CONTEXT + 11, self.FINE, 3, 1, 1),
-            nn.LeakyReLU(0.1),
+            nn.LeakyReLU(0.1, inplace=True),
             nn.Conv2d(self.FINE, self.FINE, 3, 1, 2, dilation=2),
-            nn.LeakyReLU(0.1),
+            nn.LeakyReLU(0.1, inplace=True),
             nn.Conv2d(self.FINE, self.FINE, 3, 1, 1),
-            nn.LeakyReLU(0.1),
+            nn.LeakyReLU(0.1, inplace=True),
         )
         self.answer = nn.Conv2d(self.FINE, 3, 1)
         self.sharp = nn.Conv2d(self.FEATURES, 1, 1)
@@ -222,7 +222,8 @@ class DefaultNet(nn.Module):
             error_px = swept_error_px[..., ::2, ::2]
             away = ((tested - swept[..., ::2, ::2]) * px_per_dpt).abs() / (error_px + 0.5)
             answer = -away / (1.0 + away / 4.0)
-            local = F.avg_pool2d(frames.mean((1, 2))[:, None], 9, 1, 4, count_include_pad=False)
+            local = F.avg_pool2d(frames.mean((1, 2))[:, None], (9, 1), 1, (4, 0), count_include_pad=False)
+            local = F.avg_pool2d(local, (1, 9), 1, (0, 4), count_include_pad=False)
             local = local + 0.05 * prior.brightness
             edges = prior.sharp * (prior.brightness / GREY) / local - 1.0
 
@@ -232,14 +233,14 @@ class DefaultNet(nn.Module):
         weights = self._frame_weights(coc_px, valid, half)
         pooled = _pool_frames(weights, features[:, :, : self.HEADS])  # (B, D, heads, h, w)
 
-        where = self.place(self._hypothesis_features(coc_px, hypotheses.step_px).flatten(1))[..., None, None]
+        where = self.place(self._hypothesis_features(coc_px, hypotheses.step_px).flatten(1))[..., None]
         parts = [(cost - least).clamp_max(4.0) / 2, base, answer, pooled.flatten(1, 2)]
         weights = self.mix.weight.split([x.shape[1] for x in parts], 1)
-        mixed = where + self.mix.bias[:, None, None]  # type: ignore[index]
+        mixed = (where + self.mix.bias[:, None]).repeat(1, 1, half[0] * half[1])  # type: ignore[index]
         for part, weight in zip(parts, weights, strict=True):
-            mixed = mixed + F.conv2d(part, weight)
+            mixed.baddbmm_(weight.flatten(1).expand(size_b, -1, -1), part.flatten(2))
         del parts, part, pooled  # a quarter of all memory
-        mixed = F.leaky_relu(mixed, 0.1)
+        mixed = F.leaky_relu_(mixed, 0.1).unflatten(2, half)
         signs = [least - 0.7, typical - 1.5, error_px.log()]
         x1 = self.stem(torch.cat([mixed, features.mean(1), features.amax(1), *signs], 1))
         x2 = self.down2(x1)
@@ -263,8 +264,9 @@ class DefaultNet(nn.Module):
         away_px = (opinion - swept) * px_per_dpt
         signs = [edges, spread_px, swept_error_px.log(), torch.tanh(away_px), torch.tanh(away_px / 6)]
         around = self._cost_around(prior.cost, swept, opinion, hypotheses)
-        fine = self.fine(torch.cat([F.pixel_shuffle(detail[:, 36:], 2), *signs, around], 1))
-        follow, beyond, doubt = self.answer(fine).split(1, 1)
+        fine = torch.cat([F.pixel_shuffle(detail[:, 36:], 2), *signs, around], 1)
+        fine = self.fine(fine.contiguous(memory_format=torch.channels_last))  # so few channels are twice as fast last
+        follow, beyond, doubt = self.answer(fine).contiguous().split(1, 1)
         inverse_depth = swept + torch.sigmoid(follow) * (opinion - swept)
         inverse_depth = inverse_depth + self.FINE_BOUND_PX * torch.tanh(beyond / self.FINE_BOUND_PX) / px_per_dpt
         std = (0.5 * (spread_px + swept_error_px.log()) + doubt.clamp(-4.0, 4.0)).exp() / px_per_dpt

@@ -42,7 +42,7 @@ SHEET_MOST_PX = 3.0  # larger depth steps cut no more: without texture they are 
 DETAIL_SIGMA_PX = 2.0  # what a Gaussian of this width leaves is compared
 GREY = 0.25  # mean brightness that pictures are brought to before their edges are judged
 DETAIL_NOISE_SHARE = 1 - 3 / (4 * math.pi * DETAIL_SIGMA_PX**2)  # of white noise's variance in that
-CPU_STRIP, GPU_STRIP = 1 << 22, 1 << 27  # values smoothed at once
+CPU_STRIP, GPU_STRIP = 1 << 24, 1 << 27  # values smoothed at once
 
 
 @dataclass(frozen=True)
@@ -231,13 +231,12 @@ def semi_global(
     at_once = CPU_STRIP if device.type == "cpu" else GPU_STRIP
     for cols in torch.arange(width).split(max(1, at_once // (count * height))):
         part = slice(int(cols[0]), int(cols[-1]) + 1)
-        lines = cost[:, :, part].to(device).permute(1, 0, 2).contiguous()
-        total[:, :, part] = _both_ways(lines, down[:, part], small_step).permute(1, 0, 2)
+        total[:, :, part] = _both_ways(cost[:, :, part].to(device), down[:, part], small_step)
     for rows in torch.arange(height).split(max(1, at_once // (count * width))):
         part = slice(int(rows[0]), int(rows[-1]) + 1)
-        lines = cost[:, part].to(device).permute(2, 0, 1).contiguous()
-        across = _both_ways(lines, right[part].T.contiguous(), small_step).permute(1, 2, 0)
-        total[:, part] = (total[:, part].to(device) + across) / 4
+        turned = _turned(cost[:, part].to(device))
+        across = _turned(_both_ways(turned, right[part].T.contiguous(), small_step))
+        total[:, part] = across.add_(total[:, part].to(device)).div_(4)
     return total
 
 
@@ -246,36 +245,59 @@ def _step(guide: Tensor, dim: int) -> Tensor:
     return torch.diff(guide, dim=dim, prepend=guide.narrow(dim, 0, 1)).abs()
 
 
+def _turned(volume: Tensor) -> Tensor:
+    """(N, H, W) to (N, W, H), contiguous; a plane at a time, which on a CPU is twice as fast as all at once."""
+    turned = volume.new_empty(volume.shape[0], volume.shape[2], volume.shape[1])
+    for target, plane in zip(turned, volume, strict=True):
+        target.copy_(plane.t())
+    return turned
+
+
 def _both_ways(cost: Tensor, jump: Tensor, small_step: float) -> Tensor:
-    """Path costs of `cost` (T, N, X) summed over both directions along T; `jump` (T, X): price from t - 1 to t."""
-    total = torch.zeros_like(cost)
-    length = cost.shape[0]
+    """Path costs of `cost` (N, T, X) summed over both directions along T; `jump` (T, X): price from t - 1 to t."""
+    total = torch.empty_like(cost, memory_format=torch.contiguous_format)
+    length = cost.shape[1]
+    step, arrived = total.new_empty(2, cost.shape[0], cost.shape[2])
     for backwards in (False, True):
         order = range(length - 1, -1, -1) if backwards else range(length)
-        path = cost[order[0]].clone()
-        step, arrived = torch.empty_like(path), torch.empty_like(path)
-        total[order[0]] += path
-        for t in order[1:]:
-            best = path.amin(0)
-            price = jump[t + 1] if backwards else jump[t]
-            torch.add(path, small_step, out=step)
-            torch.minimum(path, (best + price)[None], out=arrived)
-            torch.minimum(arrived[1:], step[:-1], out=arrived[1:])
-            torch.minimum(arrived[:-1], step[1:], out=arrived[:-1])
-            path, arrived = arrived.sub_(best).add_(cost[t]), path
-            total[t] += path
+        path = cost[:, order[0]].clone()
+        for t in order:
+            if t != order[0]:
+                best = path.amin(0)
+                price = jump[t + 1] if backwards else jump[t]
+                torch.add(path, small_step, out=step)
+                torch.minimum(path, best + price, out=arrived)
+                torch.minimum(arrived[1:], step[:-1], out=arrived[1:])
+                torch.minimum(arrived[:-1], step[1:], out=arrived[:-1])
+                path, arrived = arrived.sub_(best).add_(cost[:, t]), path
+            if backwards:
+                total[:, t] += path
+            else:
+                total[:, t] = path
     return total
 
 
 def peak(cost: Tensor, tested_dpt: Tensor) -> Tensor:
     """Inverse depth (H, W) at the minimum of `cost` (N, H, W), refined by a parabola."""
-    best = cost.min(0).indices  # twice as fast as argmin on a CPU
+    best = lowest(cost)
     middle = best.clamp(1, cost.shape[0] - 2)
     left, centre, right = (cost.gather(0, (middle + o)[None])[0] for o in (-1, 0, 1))
     bend = left - 2 * centre + right
     offset = (left - right) / (2 * bend.clamp_min(1e-6))
     offset = torch.where(best == middle, offset.clamp(-0.5, 0.5), (best - middle).float())
     return tested_dpt[0] + (middle + offset) * (tested_dpt[1] - tested_dpt[0])
+
+
+def lowest(volume: Tensor) -> Tensor:
+    """Index (H, W) of the smallest of `volume` (N, H, W); on a CPU three times as fast as its argmin."""
+    if volume.device.type != "cpu":
+        return volume.argmin(0)
+    least = volume[0].clone()
+    index = torch.zeros(least.shape, dtype=torch.int64)
+    for n in range(1, len(volume)):
+        index.masked_fill_(volume[n] < least, n)
+        torch.minimum(least, volume[n], out=least)
+    return index
 
 
 def sharpest_luma(
@@ -385,6 +407,8 @@ def filled_luma(frames: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     """
     luma = frames.mean(1)
     mask = usable_mask(torch.isfinite(luma), valid)
+    if bool(mask.all()):
+        return luma, mask.float()
     luma = torch.where(mask, luma, 0.0)
     seen = mask.sum(0)
     common = luma.sum(0) / seen.clamp_min(1)
