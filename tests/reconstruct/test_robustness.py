@@ -1,11 +1,14 @@
 """A batch whose workers and whose own process are killed: every good stack once, the bad ones named, no orphans."""
 
+import contextlib
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import psutil
@@ -28,12 +31,22 @@ class Batch:
             driver, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
 
-    def workers(self):
-        try:
-            children = psutil.Process(self.process.pid).children(recursive=True)
-            return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
-        except psutil.Error:
-            return []
+    def workers(self, timeout_s):
+        """The living workers; waits for one where the run is just starting or replacing its last."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            found = []
+            with contextlib.suppress(psutil.Error):
+                for child in psutil.Process(self.process.pid).children(recursive=True):
+                    with contextlib.suppress(psutil.Error):  # it died in between
+                        if "spawn_main" in " ".join(child.cmdline()):
+                            found.append(child)
+            if found:
+                return found
+            if self.process.poll() is not None:
+                raise AssertionError(f"no worker to kill, the batch has ended: {self.finish(10)}")
+            assert time.monotonic() < deadline, f"no worker to kill within {timeout_s} s"
+            time.sleep(0.05)
 
     def done(self):
         return sum(1 for path in self.out.glob("*/reconstruction.json")) if self.out.exists() else 0
@@ -48,18 +61,25 @@ class Batch:
             assert time.monotonic() < deadline, f"{found} after {timeout_s} s"
             time.sleep(0.05)
 
-    def kill_worker(self, rng):
-        workers = self.workers()
-        if workers:
-            rng.choice(workers).kill()
+    def kill_worker(self, rng, timeout_s):
+        """SIGKILL to a living worker; True when it is gone, False if it died by itself just before."""
+        victim = rng.choice(self.workers(timeout_s))
+        try:
+            victim.kill()
+        except psutil.NoSuchProcess:
+            return False
+        _, alive = psutil.wait_procs([victim], timeout=60)
+        assert not alive
+        return True
 
-    def kill(self):
-        """SIGKILL to the whole run; its workers must end by themselves."""
-        workers = self.workers()
+    def kill(self, timeout_s):
+        """SIGKILL to the whole run; its workers must end by themselves. False if it had ended just before."""
+        workers = self.workers(timeout_s)
         self.process.send_signal(signal.SIGKILL)
         self.process.communicate(timeout=60)
         _, alive = psutil.wait_procs(workers, timeout=60)
-        assert workers and not alive
+        assert not alive
+        return self.process.returncode == -signal.SIGKILL
 
     def finish(self, timeout_s):
         stdout, stderr = self.process.communicate(timeout=timeout_s)
@@ -67,28 +87,34 @@ class Batch:
 
 
 def torture(kind, folder, out, *, good, worker_kills, run_kills, timeout_s):
-    """Kill workers and runs at even distances, then let it finish; returns the end of the last run."""
+    """Kill workers and runs at even distances, every kill seen to land, then let it finish: the end of the last run."""
     rng = random.Random(0)
     kills = ["worker"] * worker_kills + ["run"] * run_kills
     rng.shuffle(kills)
+    landed = Counter()
     batch = Batch(kind, folder, out)
     try:
         for i, what in enumerate(kills):
             batch.wait_for(1 + i * (good - 2) // len(kills), timeout_s)
             if what == "worker":
-                batch.kill_worker(rng)
+                while not batch.kill_worker(rng, timeout_s):
+                    pass
             else:
-                batch.kill()
+                assert batch.kill(timeout_s), "the run had ended before it was killed"
                 batch = Batch(kind, folder, out)
-        return batch.finish(timeout_s)
+            landed[what] += 1
+        end = batch.finish(timeout_s)
     finally:
         batch.process.kill()  # nothing, if it has ended
+    assert landed == {"worker": worker_kills, "run": run_kills}
+    return end
 
 
 def check(kind, folder, out, end, names, timeout_s):
     code, _, stderr = end
     assert code == 3
-    assert all(name in stderr.splitlines()[-1] for name in BAD)
+    named = re.search("failed: ([^;]*)", stderr.splitlines()[-1]).group(1)
+    assert sorted(named.split(", ")) == sorted(BAD)
     finished = {path.parent.name for path in out.glob("*/reconstruction.json")}
     assert finished == set(names)
     for name in BAD:  # a second run has nothing left to do
