@@ -56,8 +56,9 @@ def fuse(
     aif = torch.zeros_like(frames[0])
     coarse, finer_sigma = frames, 0.0
     for sigma, frequency in zip(BAND_SIGMAS_PX, BAND_FREQUENCIES, strict=True):
-        smooth = torch.stack([gaussian_mean(frame, sigma) for frame in coarse])
-        band, coarse = coarse - smooth, smooth
+        smooth = gaussian_mean(coarse.flatten(0, 1), sigma).view_as(coarse)
+        band = coarse - smooth if coarse is frames else coarse.sub_(smooth)
+        coarse = smooth
         band_noise = noise * _noise_share(finer_sigma, math.hypot(finer_sigma, sigma))
         signal = _signal(band, sharpest, band_noise, 2 * math.ceil(3 * sigma) + 1)
         weight = usable / (band_noise + (MODEL_ERROR * coc).square() * signal)
@@ -68,8 +69,8 @@ def fuse(
         aif += _weighted_sum(share, band) * (signal / (total * (signal + noise_left)))
         finer_sigma = math.hypot(finer_sigma, sigma)
     coarse_noise = noise / (4 * math.pi * finer_sigma**2)
-    ripple = coarse - torch.stack([torch.stack([box_mean(p, COARSE_WINDOW_PX) for p in frame]) for frame in coarse])
-    signal = _signal(ripple, sharpest, coarse_noise, COARSE_WINDOW_PX)
+    ripple = torch.stack([plane - box_mean(plane, COARSE_WINDOW_PX) for plane in coarse.flatten(0, 1)])
+    signal = _signal(ripple.view_as(coarse), sharpest, coarse_noise, COARSE_WINDOW_PX)
     weight = usable / (coarse_noise + (MODEL_ERROR * coc).square() * signal)
     aif += _weighted_sum(weight, coarse) / weight.sum(0)
     return aif.clamp_min(0.0)

@@ -22,8 +22,10 @@ def gaussian_mean(image: Tensor, sigma_px: float) -> Tensor:
     radius = math.ceil(3 * sigma_px)
     if image.device.type == "cpu":
         size = (2 * radius + 1, 2 * radius + 1)
-        planes = [cv2.GaussianBlur(p, size, sigma_px, borderType=cv2.BORDER_REFLECT) for p in image.numpy()]
-        return torch.stack([torch.from_numpy(p) for p in planes])
+        blurred = torch.empty_like(image, memory_format=torch.contiguous_format)
+        for plane, target in zip(image.numpy(), blurred.numpy(), strict=True):
+            cv2.GaussianBlur(plane, size, sigma_px, dst=target, borderType=cv2.BORDER_REFLECT)
+        return blurred
     offset = torch.arange(-radius, radius + 1, device=image.device)
     kernel = torch.exp(-(offset**2) / (2 * sigma_px**2))
     return _separable(image, kernel / kernel.sum())
