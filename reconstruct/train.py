@@ -27,6 +27,7 @@ from capture.errors import DataError, UsageError
 from reconstruct.checkpoint import latest_state, load_state, save_state, save_weights
 from reconstruct.dataset import ScenePool, SimulatedBatches, StackBatch
 from reconstruct.device import own_share
+from reconstruct.memory import ran_out
 from reconstruct.network import DefaultNet, NetworkOutput, PaperNet, build, place_hypotheses
 
 
@@ -332,8 +333,13 @@ def fit(
                         (weight * torch.stack(list(terms)).sum()).backward()
                     for name, term in terms._asdict().items():
                         named[name] = named.get(name, 0.0) + weight * float(term.detach())
-            except RuntimeError as error:
-                raise _explained(error, config) from error
+            except (RuntimeError, MemoryError) as error:
+                if not ran_out(error):
+                    raise
+                raise UsageError(
+                    f"out of memory with batch {config.batch} of {config.crop_px} px crops; "
+                    "raise `accumulate`, or lower `batch` or `crop_px`, in the config"
+                ) from error
             norm = nn.utils.clip_grad_norm_(net.parameters(), config.gradient_clip)
             if not torch.isfinite(norm):
                 raise DataError(f"step {step}: the gradient is {float(norm)}; the last good state is in {run}")
@@ -444,7 +450,10 @@ def _resume(
         raise UsageError(
             f"{run} already holds a training run at {state.name}; use --resume to continue it, or another -o"
         )
-    parts, about = load_state(state)
+    try:
+        parts, about = load_state(state)
+    except DataError as error:
+        raise DataError(f"{error}; delete {state.name} to go on from the state before it") from error
     try:
         stored = TrainConfig.model_validate(about.get("config", {})).model_dump()
     except ValidationError as error:
@@ -487,15 +496,6 @@ def _check_finite(terms: Any, step: int, run: Path) -> None:
     wrong = [f"{name} = {float(term.detach())}" for name, term in terms._asdict().items() if not torch.isfinite(term)]
     if wrong:
         raise DataError(f"step {step}: the loss is not finite ({', '.join(wrong)}); the last good state is in {run}")
-
-
-def _explained(error: RuntimeError, config: TrainConfig) -> Exception:
-    if isinstance(error, torch.cuda.OutOfMemoryError) or "not enough memory" in str(error):
-        return UsageError(
-            f"out of memory with batch {config.batch} of {config.crop_px} px crops; "
-            "raise `accumulate`, or lower `batch` or `crop_px`, in the config"
-        )
-    return error
 
 
 def _validate_average(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from reconstruct.train import (
     step_memory_bytes,
     supervised_terms,
 )
+from tests.reconstruct.small_stack import write_small_stack
 
 CPU = torch.device("cpu")
 TINY = TrainConfig(
@@ -137,6 +139,36 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path):
     parts, about = load_state(state)
     assert about["step"] == 2
     assert all(torch.isfinite(tensor).all() for tensor in parts["model"].values())
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: not enough memory: you tried")])
+def test_out_of_memory_says_what_to_lower(tmp_path, error):
+    class Large(ToyTask):
+        def batch(self, step, part=0, parts=1):
+            raise error
+
+    with pytest.raises(UsageError, match="batch 2 of 32 px crops; raise `accumulate`, or lower `batch`"):
+        fit(new_net(), Large(), TINY, tmp_path, device=CPU)
+
+
+def test_error_that_is_not_about_memory_stays_what_it_is(tmp_path):
+    class Broken(ToyTask):
+        def terms(self, output, batch):
+            raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        fit(new_net(), Broken(), TINY, tmp_path, device=CPU)
+
+
+def test_resuming_from_a_damaged_state_names_it_and_the_way_out(tmp_path):
+    fit(new_net(), ToyTask(), TINY.model_copy(update={"checkpoint_every": 3}), tmp_path, device=CPU)
+    state = latest_state(tmp_path)
+    weights = state / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(DataError, match=r"damaged.*delete step-00000006 to go on from the state before it"):
+        fit(new_net(), ToyTask(), TINY, tmp_path, device=CPU, resume=True)
+    shutil.rmtree(state)
+    fit(new_net(), ToyTask(), TINY, tmp_path, device=CPU, resume=True)
 
 
 def test_run_is_not_overwritten(tmp_path):
@@ -405,6 +437,26 @@ def test_bad_usage_is_one_sentence(tmp_path, arguments, says, stack_file):
     assert result.exit_code != 0
     assert says in str(result.exception)
     assert "\n" not in str(result.exception)
+
+
+def test_damaged_weights_cannot_start(tmp_path, stack_file):
+    save_weights(tmp_path / "w.safetensors", new_net().state_dict(), {"preset": "default"})
+    damaged = bytearray((tmp_path / "w.safetensors").read_bytes())
+    damaged[-3] ^= 1
+    (tmp_path / "w.safetensors").write_bytes(damaged)
+    result = run(stack_file, "-o", tmp_path / "run", "--init", tmp_path / "w.safetensors")
+    assert result.exit_code == 1
+    assert "damaged; its SHA-256" in str(result.exception)
+
+
+def test_stack_without_focus_distances_is_trained_on_in_relative_mode_and_said_so(tmp_path):
+    path = write_small_stack(tmp_path / "unknown.h5", lens=None, calibrated=False)
+    (tmp_path / "quick.yaml").write_text("{steps: 2, batch: 1, crop_px: 32, validate_every: 2, seed: 1}")
+    arguments = ("--init", "none", "--refine", 0, "--config", tmp_path / "quick.yaml", "--device", "cpu")
+    result = run(path, "-o", tmp_path / "run", *arguments)
+    assert result.exit_code == 0, result.exception
+    assert "unknown: focus distances unknown; trained on in relative mode (ordered depth, no metres)" in result.stdout
+    assert (tmp_path / "run" / "weights.safetensors").exists()
 
 
 def test_weights_of_the_paper_cannot_start_the_default(tmp_path, stack_file):
