@@ -41,6 +41,7 @@ SHEET_STEP = 0.5  # how fast a depth step cuts it; per pixel of CoC
 SHEET_MOST_PX = 3.0  # larger depth steps cut no more: without texture they are wild guesses, not edges
 DETAIL_SIGMA_PX = 2.0  # what a Gaussian of this width leaves is compared
 GREY = 0.25  # mean brightness that pictures are brought to before their edges are judged
+LEAST_SEEN = 1e-3  # pairs of frames per pixel of a window; less is rounding
 DETAIL_NOISE_SHARE = 1 - 3 / (4 * math.pi * DETAIL_SIGMA_PX**2)  # of white noise's variance in that
 CPU_STRIP, GPU_STRIP = 1 << 24, 1 << 27  # values smoothed at once
 
@@ -527,28 +528,38 @@ def _stack_cost(
     coc_px = np.abs(gain[:, None] * (focus[:, None] - tested[None]))  # (S, N)
     levels = BlurLevels(luma, float(coc_px.max()), psf)
     noise = noise * DETAIL_NOISE_SHARE
-    n_frames = len(focus)
     cost = torch.empty((len(tested), *luma.shape[1:]), device=luma.device)
+    heard = torch.empty(cost.shape if mask is not None else 0, dtype=torch.bool, device=luma.device)
     for n in range(len(tested)):
-        reference = int(coc_px[:, n].argmin())
-        energy = torch.zeros_like(luma[0])
-        weight = torch.zeros_like(luma[0])
-        for k in range(n_frames):
-            if k == reference:
+        order = coc_px[:, n].argsort(kind="stable")
+        energy, pairs = torch.zeros_like(luma[0]), torch.zeros_like(luma[0])
+        waiting = torch.ones_like(luma[0])  # for a reference: the sharpest frame, or the next where that has no data
+        for rank, reference in enumerate(order[:-1]):
+            here = waiting if mask is None else waiting * mask[reference]
+            if rank and not bool(here.any()):
                 continue
-            relative_px = math.sqrt(max(coc_px[k, n] ** 2 - coc_px[reference, n] ** 2, 0.0))
-            difference = levels.blurred(reference, relative_px) - levels.level(k, 0)
-            if mask is None:
-                energy.addcmul_(difference, difference)
-            else:
-                both = mask[k] * mask[reference]
-                energy.addcmul_(difference * both, difference)
-                weight += both
+            for k in order[rank + 1 :]:
+                relative_px = math.sqrt(max(coc_px[k, n] ** 2 - coc_px[reference, n] ** 2, 0.0))
+                difference = levels.blurred(reference, relative_px) - levels.level(k, 0)
+                if mask is None:
+                    energy.addcmul_(difference, difference)
+                else:
+                    both = mask[k] * here
+                    energy.addcmul_(difference * both, difference)
+                    pairs += both
+            waiting = waiting - here
+            if mask is None or not bool(waiting.any()):
+                break
         if mask is None:
-            mean = box_mean(energy, window_px) / (n_frames - 1)
-        else:
-            mean = box_mean(energy, window_px) / box_mean(weight, window_px).clamp_min(1e-3)
-        cost[n] = torch.log1p(mean / noise)
+            cost[n] = torch.log1p(box_mean(energy, window_px) / ((len(order) - 1) * noise))
+            continue
+        seen = box_mean(pairs, window_px)
+        heard[n] = seen > LEAST_SEEN
+        cost[n] = torch.log1p(box_mean(energy, window_px) / (seen.clamp_min(LEAST_SEEN) * noise)) * heard[n]
+    if mask is not None:  # a hypothesis that no two frames can speak on is neither good nor bad
+        typical = cost.sum(0) / heard.sum(0).clamp_min(1)
+        for known, plane in zip(heard, cost, strict=True):
+            plane.copy_(torch.where(known, plane, typical))
     return cost
 
 

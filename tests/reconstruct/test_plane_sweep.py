@@ -100,6 +100,15 @@ def test_pixels_without_data_change_only_their_surroundings(sweep):
     assert error_px(found, scene, kappa)[20:, 24:].median() < 0.25
 
 
+def test_a_rim_that_few_frames_see_does_not_stray_to_depths_that_none_can_judge(sweep):
+    frames, focus, kappa, scene = sweep
+    valid = torch.ones(frames.shape[0], *frames.shape[2:], dtype=torch.bool)
+    valid[:3, :, -6:] = False
+    valid[:2, :, -9:] = False
+    rim = error_px(plane_sweep(frames, focus, kappa, valid=valid), scene, kappa)[:, -6:]
+    assert rim.mean() < 1.0
+
+
 def test_border_that_no_frame_sees_is_not_black(sweep):
     frames, focus, kappa, scene = sweep
     valid = torch.ones(frames.shape[0], *frames.shape[2:], dtype=torch.bool)
