@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks network                              (all parts: a night of one core)
     python -m tests.benchmarks.bench_network --resume               (goes on where that was stopped)
-    python -m tests.benchmarks.bench_network --parts zero nothing   (some parts; the table shows what there is)
+    python -m tests.benchmarks.bench_network --parts zero nothing   (some parts)
 
 Parts: `zero` plane sweep and `default` as shipped in every optics and condition; `refine` the latter after 25
 refinement steps, in every condition of the DSLR's optics; `motorcycle` 640 x 480 x 5, errors and CPU seconds; `any`
@@ -11,8 +11,8 @@ noisy): `tune` the shipped network fine-tuned on ten of the scenes and tried on 
 `default`; `paper` the published network and training on a short budget; `faithful` the latter on one tiny stack, beside
 what notes/method.md section 7.6 reports of the published code. What is drawn at random is run with every seed.
 
-Every answer is stored in bench-results/network.json as soon as it is there; `--resume` keeps those that were made
-with the same weights and steps.
+Every answer is stored in bench-results/network.json as soon as it is there. Those of parts not asked for stay; with
+`--resume` the others too, if they were made with the same weights and steps.
 """
 
 from __future__ import annotations
@@ -68,17 +68,20 @@ RESULT = ROOT / "bench-results" / "network.json"
 CONDITIONS = ("disc", "noisy", "mismatched")
 PARTS = ("zero", "refine", "motorcycle", "any", "tune", "nothing", "paper", "faithful")
 CPU = torch.device("cpu")
+WITHOUT_WEIGHTS = {"nothing", "paper", "faithful"}  # parts that do not ask the shipped network
 BASE = ("dslr", "noisy")  # what is trained on
 
 
 class Store:
-    """Answers in a JSON file, kept from one run to the next if `resume` and made with the same weights."""
+    """Answers in a JSON file, by keys that begin with their part's name; those of the parts `anew` are forgotten."""
 
-    def __init__(self, path: Path, weights: str, *, resume: bool) -> None:
-        self.path = path
-        stored = json.loads(path.read_text()) if resume and path.exists() else {}
-        self.answers: dict[str, Any] = stored.get("answers", {}) if stored.get("weights") == weights else {}
-        self.weights = weights
+    def __init__(self, path: Path, weights: str, anew: set[str]) -> None:
+        self.path, self.weights = path, weights
+        stored = json.loads(path.read_text()) if path.exists() else {}
+        if stored.get("weights") != weights:
+            anew = anew | (set(PARTS) - WITHOUT_WEIGHTS)
+        answers = stored.get("answers", {}).items()
+        self.answers: dict[str, Any] = {key: value for key, value in answers if key.split(",")[0] not in anew}
 
     def get(self, key: str, make: Callable[[], Any]) -> Any:
         """The answer called `key`, made unless it is there."""
@@ -113,16 +116,15 @@ def by_network(network: TrainedNetwork, stack: FoundationStack) -> tuple[Estimat
     return estimate, time.process_time() - start
 
 
-def zero_shot(network: TrainedNetwork, stack: FoundationStack) -> dict[str, Scores]:
-    """Figures of shape from focus (depth only), plane sweep and network."""
+def zero_shot(stack: FoundationStack, answer: tuple[Estimate, float]) -> dict[str, Scores]:
+    """Figures of shape from focus (depth only), plane sweep and the network's `answer` (`by_network`)."""
     kappa = float(stack.kappa.mean())
     scores = {
         f"sff{w}": metrics.depth_errors(shape_from_focus(stack.frames, stack.focus_dpt, w), stack.scene.depth_m, kappa)
         for w in WINDOWS_PX
     }
     scores |= by_sweep(stack)
-    found, seconds = by_network(network, stack)
-    scores["network"] = scored(stack, found, seconds)
+    scores["network"] = scored(stack, *answer)
     scores["network"]["range_px"] = kappa * float(np.ptp(stack.focus_dpt))
     return scores
 
@@ -306,13 +308,14 @@ def any_cameras(scene: Scene) -> dict[str, tuple[Lens, np.ndarray]]:
 def any_camera(network: TrainedNetwork, scene: Scene, name: str) -> dict[str, Scores]:
     """As `zero_shot`, and how far the network's answer moves when the frames are shuffled, px of CoC."""
     stack = stack_through(scene, *any_cameras(scene)[name], "noisy")
-    scores = zero_shot(network, stack)
+    answer = by_network(network, stack)
+    scores = zero_shot(stack, answer)
     order = np.random.default_rng(0).permutation(len(stack.frames))
     shuffled = FoundationStack(
         stack.frames[order], stack.valid[order], stack.focus_dpt[order], stack.kappa[order], stack.scene
     )
-    one, two = (by_network(network, x)[0].inverse_depth_dpt for x in (stack, shuffled))
-    moved_px = (one - two).abs() * float(stack.kappa.mean())
+    other, _ = by_network(network, shuffled)
+    moved_px = (answer[0].inverse_depth_dpt - other.inverse_depth_dpt).abs() * float(stack.kappa.mean())
     scores["network"] |= {"moved_px": float(moved_px.quantile(0.9999)), "moved_most_px": float(moved_px.max())}
     return scores
 
@@ -439,9 +442,9 @@ def main(argv: list[str]) -> None:
     torch.set_num_threads(1)
     network = load_network("default", CPU)
     print(f"weights {network.identity}, {network.about.get('validation')}, {network.about.get('calibration')}")
-    store = Store(chosen.output, network.about["sha256"], resume=chosen.resume)
     goals: list[Goal] = []
     parts, seeds = set(chosen.parts), chosen.seeds
+    store = Store(chosen.output, network.about["sha256"], set() if chosen.resume else parts)
     scenes = {name: half_size_scene(name) for name in scene_names()}
     combos = [(o, c) for o in chosen.optics for c in chosen.conditions] if parts & {"zero", "refine"} else []
 
@@ -450,12 +453,11 @@ def main(argv: list[str]) -> None:
         for name, scene in scenes.items():
             key = f"{part}, {' '.join(where)}, {name}"
             rows[name] = store.get(key, lambda scene=scene: what(foundation_stack(scene, *where)))
-            print(".", end="", file=sys.stderr, flush=True)
         return rows
 
     tables: dict[tuple[str, str], Methods] = {where: {} for where in [*combos, BASE]}
     if "zero" in parts:
-        swept = {where: over_scenes("zero", lambda stack: zero_shot(network, stack), where) for where in combos}
+        swept = {where: over_scenes("zero", lambda s: zero_shot(s, by_network(network, s)), where) for where in combos}
         for where, rows in swept.items():
             for name, method in (("shape from focus", best_window(rows)), ("sweep", "sweep"), ("default", "network")):
                 tables[where][name] = [rows], method
@@ -482,7 +484,7 @@ def main(argv: list[str]) -> None:
             goals.append(Goal(f"fine-tuned{name}, not worse by 2 %, share", share, 0.9, at_least=True))
     if "nothing" in parts:
         runs = from_nothing(stacks, chosen.nothing_steps, seeds, store)
-        rows = over_scenes("sweep", by_sweep, BASE)
+        rows = over_scenes("nothing", by_sweep, BASE)
         tables[BASE] |= {"sweep": ([rows], "sweep"), f"from nothing, {chosen.nothing_steps}": (runs, "nothing")}
         each = [ratio([run], "nothing", [rows], "sweep") for run in runs]
         print(f"\nfrom nothing MAE / plane sweep, seed by seed: {', '.join(f'{x:.3f}' for x in each)}")
@@ -516,12 +518,14 @@ def main(argv: list[str]) -> None:
     if "faithful" in parts:
         goals += print_faithful(
             [store.get(f"faithful, seed {seed}", lambda seed=seed: faithful(seed)) for seed in range(TINY_SEEDS)],
-            store.get("dead starts", lambda: [dead_channels(tiny_stack()[0], seed) for seed in range(DEAD_STARTS)]),
+            store.get(
+                "faithful, dead starts", lambda: [dead_channels(tiny_stack()[0], seed) for seed in range(DEAD_STARTS)]
+            ),
         )
     print("\ngoals")
     for goal in goals:
         print(goal)
-    store.save(goals=[vars(goal) | {"met": goal.met} for goal in goals])
+    store.save(goals=[vars(goal) | {"met": bool(goal.met)} for goal in goals])
 
 
 if __name__ == "__main__":
