@@ -448,7 +448,8 @@ class BlurLevels:
         padded = luma[:, self._rows][:, :, self._cols]
         self._size = (padded.shape[1], padded.shape[2])
         detail = 1 - _transfer(*self._size, 4 * DETAIL_SIGMA_PX, "gaussian", str(luma.device))
-        self._spectra = torch.fft.rfft2(padded) * detail
+        bright = padded.mean((1, 2), keepdim=True)  # no detail, but most of what an FFT rounds
+        self._spectra = torch.fft.rfft2(padded - bright) * detail
         self._levels: dict[tuple[int, int], Tensor] = {}
 
     def level(self, frame: int, index: int) -> Tensor:
