@@ -19,7 +19,7 @@ from calibration.board import Board
 from calibration.breathing import BreathingCurve, fit_breathing
 from calibration.edges import CalibrationError, Found, PatchBlur, Ramp, Sweep, locate, measure, pose_of
 from calibration.fit import FLOOR_TO_SIGMA, Fit, LeftOut, Observations, fit_blur, leave_one_out
-from calibration.intrinsics import NOMINAL_RATIO, camera_matrix, estimate_intrinsics
+from calibration.intrinsics import NOMINAL_RATIO, camera_matrix, check_intrinsics, estimate_intrinsics
 from capture.errors import DataError, UsageError
 from capture.lens import Breathing, FocusTable, Intrinsics, Lens, LensProfile, Measured, SourceStack
 from capture.stack import FocalStack, file_sha256
@@ -165,6 +165,7 @@ def calibrate(
     stacks: Sequence[BoardStack],
     *,
     focal_px: Measured | None = None,
+    intrinsics: Intrinsics | None = None,
     lens_name: str = "",
     f_number: float | None = None,
     temperature_c: float | None = None,
@@ -174,6 +175,7 @@ def calibrate(
     Args:
         stacks: from `load_board_stack`; all of one camera, lens, zoom and aperture.
         focal_px: pinhole focal length in full-size pixels at mid focus, if known from elsewhere.
+        intrinsics: all of the pinhole camera at mid focus and full size, if known; the boards then only check it.
 
     Raises:
         CalibrationError: what is missing, in one sentence, with a code of notes/calibration.md 5.4.
@@ -201,23 +203,31 @@ def calibrate(
         _check_linear(stacks, blurs)
         curve = _curve(stacks, blurs, names, shape)
         given = _given_focal(stacks, focal_px, first.binning)
-        intrinsics, intrinsics_sentence = estimate_intrinsics(
-            *_reference_views(stacks, found, blurs, curve, shape), shape, given=given
-        )
+        views = _reference_views(stacks, found, blurs, curve, shape)
+        if intrinsics is None:
+            pinhole, pinhole_sentence = estimate_intrinsics(*views, shape, given=given)
+        else:
+            pinhole = intrinsics.rescaled(1 / first.binning)
+            missed_px = check_intrinsics(pinhole, *views, names)
+            pinhole_sentence = (
+                f"focal length, centre and distortion from {pinhole.focal_length_px.source}, taken to hold at mid "
+                f"focus; the boards agree with them within {missed_px:.2f} px"
+            )
         sigma, before = 0.0, 0.0
-        seen, poses, fit = _observe_and_fit(stacks, found, blurs, curve, intrinsics, sigma)
+        seen, poses, fit = _observe_and_fit(stacks, found, blurs, curve, pinhole, sigma)
         soft = np.sqrt(max(fit.floor2_px2, 0.0)) * FLOOR_TO_SIGMA > MAX_FLOOR_SIGMA_PX
         if soft and min(shape) >= 2 * MIN_SIDE_PX:  # sampled finer than the lens resolves: the floor would rule the fit
             return calibrate(
                 [_halved(stack) for stack in stacks],
                 focal_px=focal_px,
+                intrinsics=intrinsics,
                 lens_name=lens_name,
                 f_number=f_number,
                 temperature_c=temperature_c,
             )
         for _ in range(FLOOR_ROUNDS):
             before, sigma = sigma, float(np.sqrt(max(sigma**2 + fit.floor2_px2 * FLOOR_TO_SIGMA**2, 0.0)))
-            bend = camera_matrix(intrinsics)
+            bend = camera_matrix(pinhole)
 
             ramps = [_ramp(stack.sweep, pose, fit) for stack, pose in zip(stacks, poses, strict=True)]
 
@@ -226,17 +236,17 @@ def calibrate(
             ) -> PatchBlur:
                 stack, where, blur, ramp = known
                 return measure(
-                    stack.sweep, where, bend, intrinsics.distortion, floor_sigma_px=sigma, previous=blur, ramp=ramp
+                    stack.sweep, where, bend, pinhole.distortion, floor_sigma_px=sigma, previous=blur, ramp=ramp
                 )
 
             blurs = list(pool.map(again, zip(stacks, found, blurs, ramps, strict=True)))
             curve = _curve(stacks, blurs, names, shape)
-            seen, poses, fit = _observe_and_fit(stacks, found, blurs, curve, intrinsics, sigma)
+            seen, poses, fit = _observe_and_fit(stacks, found, blurs, curve, pinhole, sigma)
             if abs(sigma - before) < FLOOR_SETTLED_PX:
                 break
     _check_sharpened(stacks, blurs)
     left_out = leave_one_out(seen, fit)
-    profile, sentences = _profile(stacks, poses, fit, left_out, curve, intrinsics, sigma, shape)
+    profile, sentences = _profile(stacks, poses, fit, left_out, curve, pinhole, sigma, shape)
     profile = profile.model_copy(update={"lens": lens_name, "f_number": f_number, "temperature_c": temperature_c})
     return Calibration(
         profile=profile,
@@ -248,7 +258,7 @@ def calibrate(
         curve=curve,
         floor_sigma_px=sigma,
         floor_before_px=before,
-        sentences=[intrinsics_sentence + ".", *sentences],
+        sentences=[pinhole_sentence + ".", *sentences],
         bins=first.binning,
     )
 

@@ -64,6 +64,9 @@ def _calibrate(
     focal_px: Annotated[
         float | None, typer.Option(min=1, help="Focal length in pixels at mid focus, if known.")
     ] = None,
+    intrinsics: Annotated[
+        Path | None, typer.Option(help="Camera matrix and distortion at mid focus: YAML of OpenCV or ROS.")
+    ] = None,
     temperature: Annotated[float | None, typer.Option(help="Temperature in degrees Celsius, for the record.")] = None,
     lens_name: Annotated[str, typer.Option(help="Name of the lens, for the record.")] = "",
     lens: Annotated[
@@ -85,12 +88,15 @@ def _calibrate(
     from calibration.check import check_profile
     from calibration.exif import profile_from_exif
     from calibration.fit import bootstrap_std
+    from calibration.intrinsics import read_intrinsics
     from calibration.report import verdict_of, write_report
     from capture.errors import DataError
     from capture.lens import LensProfile, Measured
 
     if sum((from_exif, check, scene)) > 1:
         raise UsageError("--from-exif, --check and --scene exclude each other; give one")
+    if intrinsics is not None and focal_px is not None:
+        raise UsageError("--intrinsics and --focal-px exclude each other; the file holds the focal length")
     given = _read_board(board) if board is not None else None
 
     if check:
@@ -135,7 +141,13 @@ def _calibrate(
             stack = dataclasses.replace(stack, sweep=dataclasses.replace(stack.sweep, board=measured))
         loaded.append(stack)
     known_focal = None if focal_px is None else Measured(value=focal_px, std=2e-3 * focal_px, source="user")
-    calibration = calibrate(loaded, focal_px=known_focal, lens_name=lens_name, temperature_c=temperature)
+    calibration = calibrate(
+        loaded,
+        focal_px=known_focal,
+        intrinsics=None if intrinsics is None else read_intrinsics(intrinsics, loaded[0].full_size),
+        lens_name=lens_name,
+        temperature_c=temperature,
+    )
     calibration.profile.write(output)
     write_report(calibration, report)
     for sentence in (*calibration.sentences, *calibration.profile.warnings, verdict_of(calibration)[0]):

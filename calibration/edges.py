@@ -9,8 +9,9 @@ shift of each window come out of the same linear solve, so uneven light and brea
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import cv2
@@ -33,6 +34,7 @@ LEVEL_RATIO, LEVEL_STEP_PX = 1.05, 0.3  # between the discs of the bank, whichev
 COARSE_RATIO, COARSE_STEP_PX = 1.4, 0.5
 SMOOTH_PX = 0.45  # templates are sampled with a Gaussian: squares of a pixel would alias fine detail by some per cent
 HALO_SIGMA_PX = 2.0
+AIRY_SAMPLES = 128  # per unit of the disc spectrum's argument: linear in between to 1e-5
 MIN_RAMP_PX = 0.1  # of change of blur over a window: less does not matter
 PATCH_PIXELS = 4000  # of a window are used: more would lower the noise below what the template leaves unexplained
 MAX_GEOMETRY_PX = 0.3  # a template that sits worse is drawn again
@@ -291,18 +293,20 @@ class _Tracker:
         ramps = self._ramps(frame, which, corners[which] - low, boxes)
         reach = max((float(np.abs(ramp).max()) for ramp in ramps if ramp is not None), default=0.0)
         levels = _levels(float(near[:, 0].min()) - reach, float(near[:, 1].max()) + reach, LEVEL_RATIO, LEVEL_STEP_PX)
-        blurred = [bank(level) for level in levels]
+        blurred = cache(lambda k: bank(levels[k]))
         fits = []
         for patch, box, (nearest, farthest), over in zip(patches, boxes, near, ramps, strict=True):
             first = max(int(np.searchsorted(levels, nearest, side="right")) - 1, 0)
-            last = max(int(np.searchsorted(levels, farthest, side="left")), first + 1)
-            used = range(first, min(last, len(levels) - 1) + 1)
-            windows = [picture[box] for picture in blurred]
-            if over is None:
-                templates = [windows[k] for k in used]
-            else:
-                templates = [_at_diameters(levels, windows, np.abs(levels[k] + over)) for k in used]
-            fits.append(patch.fit([levels[k] for k in used], templates))
+            last = min(max(int(np.searchsorted(levels, farthest, side="left")), first + 1), len(levels) - 1)
+
+            def template(
+                k: int, box: tuple[slice, slice] = box, over: FloatArray | None = over, first: int = first
+            ) -> NDArray[np.float32]:
+                if over is None:
+                    return blurred(first + k)[box]
+                return _at_diameters(levels, lambda level: blurred(level)[box], np.abs(levels[first + k] + over))
+
+            fits.append(patch.fit(levels[first : last + 1], template))
         coc2, std2, shift, tone, halo = (np.array(values) for values in zip(*fits, strict=True))
         good = np.isfinite(std2) & (coc2 < (MAX_BLUR_SQUARES * square_px[which]) ** 2)
         if good.sum() < MIN_CORNERS // 2:
@@ -371,6 +375,16 @@ class PatchFit(NamedTuple):
     halo: float  # amount of (template - its surroundings) beyond what blur explains: positive beside sharpened edges
 
 
+class _PairFit(NamedTuple):
+    cost: float
+    t: float
+    std_t: float
+    shift: FloatArray
+    columns: FloatArray  # the parts of the template
+    inverse: FloatArray  # of their normal matrix
+    residual: FloatArray
+
+
 class Patch:
     """One window of a frame, and its least-squares comparison with windows of the template."""
 
@@ -387,53 +401,82 @@ class Patch:
         centered -= centered.mean()
         return 1.0 - max(float(centered @ self.pixels), 0.0) ** 2 / (float(centered @ centered) + 1e-12) / self.energy
 
-    def fit(self, levels: Sequence[float], templates: Sequence[NDArray[np.float32]]) -> PatchFit:
+    def fit(self, levels: Sequence[float], template: Callable[[int], NDArray[np.float32]]) -> PatchFit:
         """Squared diameter, its standard error and the window's shift, from the pair of levels that fits best.
 
-        Between two levels the template is linear in c^2, so gain, offset, shift and c^2 are one linear solve.
-        """
-        best_cost, best = np.inf, PatchFit(np.nan, np.nan, np.zeros(2), 0.0, 0.0)
-        for k in range(len(levels) - 1):
-            low, high, n = templates[k], templates[k + 1], self.stride
-            middle = 0.5 * (low + high)
-            slope_x = 0.5 * (middle[1:-1:n, 2::n] - middle[1:-1:n, :-2:n])
-            slope_y = 0.5 * (middle[2::n, 1:-1:n] - middle[:-2:n, 1:-1:n])
-            parts = (low[self.inner], (high - low)[self.inner], slope_x, slope_y)
-            columns = np.stack([part.ravel() for part in parts]).astype(np.float64)
-            columns -= columns.mean(axis=1, keepdims=True)
-            normal = columns @ columns.T
-            try:
-                inverse = np.linalg.inv(normal + np.diag(np.diag(normal)) * 1e-12)
-            except np.linalg.LinAlgError:
-                continue
-            gain, mix, right, down = inverse @ (columns @ self.pixels)
-            if gain <= 0:
-                continue
-            t = mix / gain
-            # outside the pair the interpolation is extrapolation: another pair, if there is one, knows better
-            miss = max(-t if k > 0 else 0.0, t - 1.0 if k < len(levels) - 2 else 0.0, 0.0)
-            residual = self.pixels - np.array([gain, mix, right, down]) @ columns
-            variance = float(residual @ residual) / max(self.pixels.size - 5, 1)
-            cost = float(residual @ residual) * (1.0 + 10.0 * miss)
-            if cost < best_cost:
-                span = levels[k + 1] ** 2 - levels[k] ** 2
-                std_t = np.sqrt(variance * max(inverse[1, 1] - 2 * t * inverse[0, 1] + t * t * inverse[0, 0], 0)) / gain
-                best_cost = cost
-                best = PatchFit(
-                    levels[k] ** 2 + float(np.clip(t, -3.0, 3.0)) * span,
-                    float(std_t * span),
-                    np.array([-right / gain, -down / gain]),
-                    *self._beside(low + np.float32(np.clip(t, 0.0, 1.0)) * (high - low), columns, residual / gain),
-                )
-        return best
+        Between two levels the template is linear in c^2, so gain, offset, shift and c^2 are one linear solve; where
+        that lands outside its pair, it says on which side the better pairs are.
 
-    def _beside(self, template: NDArray[np.float32], columns: FloatArray, residual: FloatArray) -> tuple[float, float]:
+        Args:
+            template: the window at the level of that number.
+        """
+        drawn = cache(template)
+        best: _PairFit | None = None
+        lowest, highest = 0, len(levels) - 2
+        while lowest <= highest:
+            k = (lowest + highest) // 2
+            here = self._fit_pair(drawn(k), drawn(k + 1), below=k > 0, above=k < len(levels) - 2)
+            if here is not None and (best is None or here.cost < best.cost):
+                best, at = here, k
+            if here is None or here.t < 0.0:
+                highest = k - 1
+            elif here.t > 1.0:
+                lowest = k + 1
+            else:
+                break
+        if best is None:
+            return PatchFit(np.nan, np.nan, np.zeros(2), 0.0, 0.0)
+        span = levels[at + 1] ** 2 - levels[at] ** 2
+        low, high = drawn(at), drawn(at + 1)
+        return PatchFit(
+            levels[at] ** 2 + float(np.clip(best.t, -3.0, 3.0)) * span,
+            best.std_t * span,
+            best.shift,
+            *self._beside(low + np.float32(np.clip(best.t, 0.0, 1.0)) * (high - low), best),
+        )
+
+    def _fit_pair(
+        self, low: NDArray[np.float32], high: NDArray[np.float32], *, below: bool, above: bool
+    ) -> _PairFit | None:
+        """The window as low + t (high - low), shifted; None when it looks like neither.
+
+        Args:
+            below, above: whether there are other pairs on that side, which know better than an extrapolation.
+        """
+        n = self.stride
+        middle = 0.5 * (low + high)
+        slope_x = 0.5 * (middle[1:-1:n, 2::n] - middle[1:-1:n, :-2:n])
+        slope_y = 0.5 * (middle[2::n, 1:-1:n] - middle[:-2:n, 1:-1:n])
+        parts = [low[self.inner], (high - low)[self.inner], slope_x, slope_y]
+        columns = np.array([part.ravel() for part in parts], np.float64)
+        columns -= columns.mean(axis=1, keepdims=True)
+        normal = columns @ columns.T
+        normal.flat[::5] *= 1.0 + 1e-12
+        try:
+            inverse = np.asarray(np.linalg.inv(normal), np.float64)
+        except np.linalg.LinAlgError:
+            return None
+        solution = inverse @ (columns @ self.pixels)
+        gain, mix, right, down = solution
+        if gain <= 0:
+            return None
+        t = float(mix / gain)
+        miss = max(-t if below else 0.0, t - 1.0 if above else 0.0, 0.0)
+        residual = self.pixels - solution @ columns
+        squares = float(residual @ residual)
+        variance = squares / max(self.pixels.size - 5, 1)
+        std_t = np.sqrt(variance * max(inverse[1, 1] - 2 * t * inverse[0, 1] + t * t * inverse[0, 0], 0.0)) / gain
+        shift = np.array([-right / gain, -down / gain])
+        return _PairFit(squares * (1.0 + 10.0 * miss), t, float(std_t), shift, columns, inverse, residual / gain)
+
+    def _beside(self, template: NDArray[np.float32], fit: _PairFit) -> tuple[float, float]:
         """(tone, halo): how much of two faults of the image, which no blur explains, the residual holds."""
         halo = template - cv2.GaussianBlur(template, (0, 0), HALO_SIGMA_PX)
-        faults = np.stack([image[self.inner].ravel() for image in (np.square(template), halo)]).astype(np.float64)
+        faults = np.array([image[self.inner].ravel() for image in (np.square(template), halo)], np.float64)
         faults -= faults.mean(axis=1, keepdims=True)
-        faults -= np.linalg.lstsq(columns.T, faults.T, rcond=None)[0].T @ columns
-        tone, halo_amount = np.linalg.lstsq(faults.T, residual, rcond=None)[0]
+        faults -= faults @ fit.columns.T @ fit.inverse @ fit.columns
+        normal = faults @ faults.T
+        tone, halo_amount = np.linalg.solve(normal + 1e-9 * np.diag(np.diag(normal)), faults @ fit.residual)
         return float(tone), float(halo_amount)
 
 
@@ -454,7 +497,6 @@ class _DiscBank:
         self._frequency = np.sqrt(fx * fx + fy * fy).astype(np.float32)
         gauss = np.exp(2.0 * np.pi**2 * (smooth_px**2 - floor_sigma_px**2) * self._frequency**2)
         self._spectrum = scipy.fft.rfft2(full) * (gauss * np.sinc(fx) * np.sinc(fy)).astype(np.float32)
-        self._argument = np.linspace(0.0, 1.0, 8192)
 
     def halved(self) -> _DiscBank:
         """The bank of the template at half the resolution."""
@@ -465,14 +507,19 @@ class _DiscBank:
         if coc_px <= 0:
             spectrum = self._spectrum
         else:
-            top = float(self._frequency.max())
-            z = np.pi * coc_px * top * self._argument[1:]
-            table = np.concatenate([[1.0], 2.0 * j1(z) / z]).astype(np.float32)
-            index = self._frequency * np.float32((len(table) - 1) / top)
-            floor = np.minimum(index.astype(np.int32), len(table) - 2)
+            index = self._frequency * np.float32(np.pi * coc_px * AIRY_SAMPLES)
+            table = _airy(int(np.ceil(np.pi * coc_px)))
+            floor = index.astype(np.int32)
             weight = index - floor
             spectrum = self._spectrum * (table[floor] * (1 - weight) + table[floor + 1] * weight)
         return scipy.fft.irfft2(spectrum, s=self._padded)[: self.shape[0], : self.shape[1]]
+
+
+@cache
+def _airy(largest: int) -> NDArray[np.float32]:
+    """2 J1(z) / z for z = 0, 1 / AIRY_SAMPLES, ... to beyond `largest`, the spectrum of a disc."""
+    z = np.arange(1, largest * AIRY_SAMPLES + 2) / AIRY_SAMPLES
+    return np.concatenate([[1.0], 2.0 * j1(z) / z]).astype(np.float32)
 
 
 def _levels(low: float, high: float, ratio: float, step_px: float) -> list[float]:
@@ -484,15 +531,16 @@ def _levels(low: float, high: float, ratio: float, step_px: float) -> list[float
 
 
 def _at_diameters(
-    levels: Sequence[float], windows: Sequence[NDArray[np.float32]], coc_px: NDArray[np.float64]
+    levels: Sequence[float], window: Callable[[int], NDArray[np.float32]], coc_px: NDArray[np.float64]
 ) -> NDArray[np.float32]:
     """A window whose every pixel is blurred by its own diameter, read off those blurred by `levels` throughout."""
     squared = np.square(levels)
     wanted = np.square(coc_px)
     above = np.clip(np.searchsorted(squared, wanted), 1, len(levels) - 1)
     t = np.clip((wanted - squared[above - 1]) / (squared[above] - squared[above - 1]), 0.0, 1.0).astype(np.float32)
-    stack = np.stack(windows)
-    low, high = (np.take_along_axis(stack, k[None], axis=0)[0] for k in (above - 1, above))
+    lowest = int(above.min()) - 1
+    stack = np.stack([window(k) for k in range(lowest, int(above.max()) + 1)])
+    low, high = (np.take_along_axis(stack, k[None] - lowest, axis=0)[0] for k in (above - 1, above))
     return np.asarray(low + t * (high - low))
 
 

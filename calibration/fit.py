@@ -12,12 +12,13 @@ frame share the motor's error. Its spread tau is estimated, and is the motor's r
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import least_squares
+from scipy.sparse import csr_array
 from scipy.stats import t as student_t
 
 from calibration.edges import CalibrationError
@@ -36,6 +37,7 @@ MIN_DEPTH_SHARE = 0.05  # of the sweep's dioptre range, between the nearest and 
 TAU_ROUNDS = 5
 WIDE_TAU_RATIO = 0.1  # of the dioptre range: prior of a frame's focus error before the motor is known
 TAU_FLOOR = 1e-4  # of the dioptre range: no motor is believed to be better
+MAX_STEPS, COST_TOLERANCE, MAX_DAMPING = 100, 1e-8, 1e12
 FLOOR_TO_SIGMA = 1 / 3.6  # disc-fit diameter of a Gaussian floor (notes 4.4: c0 = 3.6 sigma)
 
 FloatArray = NDArray[np.float64]
@@ -244,7 +246,7 @@ def _solve(
     weight: FloatArray | None = None,
     term: tuple[FloatArray, FloatArray] | None = None,
 ) -> _Solution:
-    """Robust least squares for given tau (scalar or one per (sweep, frame)), with an analytic Jacobian.
+    """Robust least squares for given tau (scalar or one per (sweep, frame)).
 
     Args:
         term: one more parameter z: the gain of each observation grows by z times the first, its defocus by z times
@@ -253,66 +255,95 @@ def _solve(
     n_law = len(start.law.coefficients)
     basis = start.law.design(seen.position)
     sweeps, sweep_index = np.unique(seen.sweep, return_inverse=True)
-    n_sweeps = len(sweeps)
     tau_each = np.broadcast_to(np.asarray(tau, np.float64), (n_groups,))
+    own_tau = tau_each[index]
     coc = np.sqrt(np.maximum(seen.coc2_px2, 1.0))
     model_std = 2.0 * coc * np.hypot(BLUR_STD_PX, BLUR_STD_RATIO * coc)
     std = np.sqrt(seen.std_px2**2 + model_std**2 + np.square(extra_std_px2))
     root = np.ones(len(seen)) if weight is None else np.sqrt(weight)
     rows = np.arange(len(seen))
-    pose_at, delta_at, term_at = 2 + n_law, 2 + n_law + n_sweeps, 2 + n_law + n_sweeps + n_groups
-    n_params = term_at + (term is not None)
+    floor_at, pose_at, term_at = 1 + n_law, 2 + n_law, 2 + n_law + len(sweeps)
+    n_shared = term_at + (term is not None)
+    priors = np.r_[pose_at:term_at, n_shared : n_shared + n_groups]  # parameters of standard normal size
     by_gain, by_shift = term if term is not None else (np.zeros(len(seen)), np.zeros(len(seen)))
+    # the frames' own errors are many, and each touches its own frame only
+    of_group = csr_array((np.ones(len(seen)), (index, rows)), shape=(n_groups, len(seen)))
 
-    def unpack(x: FloatArray) -> tuple[FloatArray, FloatArray]:
-        depth = seen.inverse_depth_dpt * (1.0 + POSE_STD * x[pose_at:delta_at][sweep_index])
-        defocus = basis @ x[1 : 1 + n_law] + tau_each[index] * x[delta_at:term_at][index] - depth
+    def misfit(x: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """(standardised residual, gain, defocus) of every patch."""
         z = x[term_at] if term is not None else 0.0
-        return np.exp(x[0]) * seen.focal_px * (1.0 + z * by_gain), defocus + z * by_shift
+        gain = np.exp(x[0]) * seen.focal_px * (1.0 + z * by_gain)
+        depth = seen.inverse_depth_dpt * (1.0 + POSE_STD * x[pose_at:term_at][sweep_index])
+        defocus = basis @ x[1:floor_at] + own_tau * x[n_shared:][index] - depth + z * by_shift
+        return (seen.coc2_px2 - (gain * defocus) ** 2 - x[floor_at]) / std, gain, defocus
 
-    def residuals(x: FloatArray) -> FloatArray:
-        gain, defocus = unpack(x)
-        data = (seen.coc2_px2 - (gain * defocus) ** 2 - x[1 + n_law]) / std
-        return np.concatenate([_soften(data) * root, x[pose_at:term_at]])
+    def cost(x: FloatArray) -> float:
+        return float(np.sum((root * _soften(misfit(x)[0])) ** 2) + np.sum(x[priors] ** 2))
 
-    def jacobian(x: FloatArray) -> FloatArray:
-        gain, defocus = unpack(x)
-        data = (seen.coc2_px2 - (gain * defocus) ** 2 - x[1 + n_law]) / std
+    def normal_equations(x: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """(information matrix, half the cost's gradient)."""
+        data, gain, defocus = misfit(x)
         scale = _soften_slope(data) * root / std
         by_defocus = -2.0 * gain**2 * defocus * scale
-        out = np.zeros((len(seen) + n_sweeps + n_groups, n_params))
-        out[rows, 0] = by_defocus * defocus
-        out[: len(seen), 1 : 1 + n_law] = by_defocus[:, None] * basis
-        out[rows, 1 + n_law] = -scale
-        out[rows, pose_at + sweep_index] = -by_defocus * seen.inverse_depth_dpt * POSE_STD
-        out[rows, delta_at + index] = by_defocus * tau_each[index]
+        shared = np.zeros((len(seen), n_shared))
+        shared[:, 0] = by_defocus * defocus
+        shared[:, 1:floor_at] = by_defocus[:, None] * basis
+        shared[:, floor_at] = -scale
+        shared[rows, pose_at + sweep_index] = -by_defocus * seen.inverse_depth_dpt * POSE_STD
         if term is not None:
-            out[rows, term_at] = by_defocus * (defocus * by_gain / (1.0 + x[term_at] * by_gain) + by_shift)
-        out[len(seen) + np.arange(n_sweeps + n_groups), pose_at + np.arange(n_sweeps + n_groups)] = 1.0
-        return out
+            shared[:, term_at] = by_defocus * (defocus * by_gain / (1.0 + x[term_at] * by_gain) + by_shift)
+        own = by_defocus * own_tau
+        softened = _soften(data) * root
+        cross = of_group @ (shared * own[:, None])
+        information = np.block([[shared.T @ shared, cross.T], [cross, np.diag(of_group @ own**2)]])
+        information[priors, priors] += 1.0
+        gradient = np.concatenate([shared.T @ softened, of_group @ (own * softened)])
+        gradient[priors] += x[priors]
+        return information, gradient
 
-    x0 = np.zeros(n_params)
-    x0[0], x0[1 : 1 + n_law], x0[1 + n_law] = np.log(start.pupil_m), start.law.coefficients, start.floor2_px2
-    found = least_squares(residuals, x0, jac=jacobian, method="lm", ftol=1e-9, xtol=1e-7, max_nfev=300)
-    x = found.x
-    gain, defocus = unpack(x)
-    plain = (seen.coc2_px2 - (gain * defocus) ** 2 - x[1 + n_law]) / std
-    information = found.jac.T @ found.jac
-    covariance = np.linalg.pinv(information, hermitian=True)
+    x = np.zeros(n_shared + n_groups)
+    x[0], x[1:floor_at], x[floor_at] = np.log(start.pupil_m), start.law.coefficients, start.floor2_px2
+    x, converged = _levenberg_marquardt(cost, normal_equations, x)
+    information = normal_equations(x)[0]
+    covariance = np.asarray(np.linalg.pinv(information, hermitian=True), np.float64)
     return _Solution(
         pupil_m=float(np.exp(x[0])),
-        law=FocusLaw(start.law.low, start.law.high, x[1 : 1 + n_law]),
-        floor2_px2=float(x[1 + n_law]),
-        pose=x[pose_at:delta_at] * POSE_STD,
-        delta=x[delta_at:term_at] * tau_each,
-        residual=plain,
+        law=FocusLaw(start.law.low, start.law.high, x[1:floor_at]),
+        floor2_px2=float(x[floor_at]),
+        pose=x[pose_at:term_at] * POSE_STD,
+        delta=x[n_shared:] * tau_each,
+        residual=misfit(x)[0],
         covariance=covariance[: 2 + n_law, : 2 + n_law],
-        delta_variance=np.diag(covariance)[delta_at:term_at] * tau_each**2,
-        delta_variance_given_rest=tau_each**2 / np.diag(information)[delta_at:term_at],
-        term=float(x[-1]) if term is not None else 0.0,
-        term_std=float(np.sqrt(max(covariance[-1, -1], 0.0))) if term is not None else 0.0,
-        converged=bool(found.success),
+        delta_variance=np.diag(covariance)[n_shared:] * tau_each**2,
+        delta_variance_given_rest=tau_each**2 / np.diag(information)[n_shared:],
+        term=float(x[term_at]) if term is not None else 0.0,
+        term_std=float(np.sqrt(max(covariance[term_at, term_at], 0.0))) if term is not None else 0.0,
+        converged=converged,
     )
+
+
+def _levenberg_marquardt(
+    cost: Callable[[FloatArray], float],
+    normal_equations: Callable[[FloatArray], tuple[FloatArray, FloatArray]],
+    x: FloatArray,
+) -> tuple[FloatArray, bool]:
+    """The minimum near `x`, and whether it was reached within MAX_STEPS."""
+    damping, now = 1e-3, cost(x)
+    for _ in range(MAX_STEPS):
+        information, gradient = normal_equations(x)
+        while True:
+            damped = information + damping * np.diag(np.diag(information))
+            step = np.linalg.solve(damped, -gradient)
+            then = cost(x + step)
+            if then <= now or damping > MAX_DAMPING:
+                break
+            damping *= 8.0
+        if then <= now:
+            x = x + step
+        if not now - then > COST_TOLERANCE * now:
+            return x, True
+        damping, now = max(damping / 8.0, 1e-9), then
+    return x, False
 
 
 def _soften(z: FloatArray) -> FloatArray:

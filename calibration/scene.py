@@ -190,7 +190,7 @@ def _relative_blur(frames: NDArray[np.float32]) -> _Tiles:
             templates = [blurred[k, sharpest][box] for k in range(len(SIGMAS_PX))]
             if min(patch.cost(template) for template in templates) > 0.25:
                 continue
-            fit = patch.fit(SIGMAS_PX, templates)
+            fit = patch.fit(SIGMAS_PX, templates.__getitem__)
             if np.isfinite(fit.std2) and fit.coc2 < SIGMAS_PX[-1] ** 2:
                 # a Gaussian stands in for a ratio of discs: some per cent are not noise
                 std = float(np.hypot(fit.std2, 0.05 + 0.1 * max(fit.coc2, 0.0)))

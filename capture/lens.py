@@ -188,6 +188,16 @@ class Intrinsics(BaseModel):
     center_y_px: Measured
     distortion: tuple[float, ...] = ()
 
+    def rescaled(self, factor: float) -> Intrinsics:
+        """The same camera on an image resized by `factor`."""
+        return Intrinsics(
+            focal_length_px=_scaled(self.focal_length_px, factor),
+            # pixel centres sit at integers, so the image starts at -0.5
+            center_x_px=_moved(_scaled(self.center_x_px, factor), 0.5 * factor - 0.5),
+            center_y_px=_moved(_scaled(self.center_y_px, factor), 0.5 * factor - 0.5),
+            distortion=self.distortion,
+        )
+
 
 class SourceStack(BaseModel):
     """One sweep that a profile was fitted to.
@@ -341,25 +351,14 @@ class LensProfile(BaseModel):
         """The same lens on an image resized by `factor` (0.5 halves the image): only what counts in pixels changes."""
         if not factor > 0:
             raise ValueError(f"factor must be positive, got {factor}")
-
-        def scaled(value: Measured) -> Measured:
-            return value.model_copy(update={"value": value.value * factor, "std": value.std * factor})
-
-        inner, table = self.intrinsics, self.breathing
+        table = self.breathing
         return self.model_copy(
             update={
                 "width_px": max(1, round(self.width_px * factor)),
                 "height_px": max(1, round(self.height_px * factor)),
                 "pixel_pitch_m": self.pixel_pitch_m and self.pixel_pitch_m / factor,
-                "floor_sigma_px": scaled(self.floor_sigma_px),
-                "intrinsics": inner.model_copy(
-                    update={
-                        "focal_length_px": scaled(inner.focal_length_px),
-                        # pixel centres sit at integers, so the image starts at -0.5
-                        "center_x_px": _moved(scaled(inner.center_x_px), 0.5 * factor - 0.5),
-                        "center_y_px": _moved(scaled(inner.center_y_px), 0.5 * factor - 0.5),
-                    }
-                ),
+                "floor_sigma_px": _scaled(self.floor_sigma_px, factor),
+                "intrinsics": self.intrinsics.rescaled(factor),
                 "breathing": table.model_copy(
                     update={
                         "shift_x_px": tuple(x * factor for x in table.shift_x_px),
@@ -413,6 +412,10 @@ class LensProfile(BaseModel):
                 f"calibrated from {low:.6g} to {high:.6g}; calibrate a sweep that covers it"
             )
         return PchipInterpolator(self.focus.positions, values, extrapolate=True)(position)
+
+
+def _scaled(measured: Measured, by: float) -> Measured:
+    return measured.model_copy(update={"value": measured.value * by, "std": measured.std * by})
 
 
 def _moved(measured: Measured, by: float) -> Measured:

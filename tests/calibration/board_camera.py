@@ -7,6 +7,7 @@ depth is affine in pinhole image coordinates. The frame is the mean of such view
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import cv2
 import numpy as np
@@ -15,6 +16,12 @@ from calibration.board import Board
 
 SUPERSAMPLING = 2
 TEXELS_PER_CELL = 8
+
+
+@cache
+def _texture(board: Board) -> np.ndarray:
+    cells = np.pad(board.cells(), 48, constant_values=1)
+    return np.kron(cells, np.full((TEXELS_PER_CELL, TEXELS_PER_CELL), 255, np.uint8))
 
 
 @dataclass(frozen=True)
@@ -35,9 +42,10 @@ class BoardCamera:
     noise: float = 0.01
     bits: int = 14
     distortion: float = 0.0  # k1
+    backlash: float = 0.0  # play of the gear in steps; all frames are approached from below, so the lens stays behind
 
     def focus_dpt(self, step):
-        u = np.asarray(step, float) / 1000.0
+        u = (np.asarray(step, float) - self.backlash) / 1000.0
         return self.far_dpt + (self.near_dpt - self.far_dpt) * (
             u + self.bend * u * (u - 1.0) + self.wave * np.sin(2.0 * np.pi * u) / (2.0 * np.pi)
         )
@@ -66,26 +74,35 @@ class BoardCamera:
         plane = camera @ np.column_stack([rotation[:, :2], translation])
         normal = rotation[:, 2] / (rotation[:, 2] @ translation)
         inverse_depth = normal @ np.linalg.inv(camera)  # of the homogeneous pixel
-        cells = np.pad(board.cells(), 48, constant_values=1)
-        texture = np.kron(cells, np.full((TEXELS_PER_CELL, TEXELS_PER_CELL), 255, np.uint8))
+        texture = _texture(board)
         texels_per_m = 24 * TEXELS_PER_CELL / board.square_m
         shift = 48 * TEXELS_PER_CELL - 0.5
         from_texels = np.linalg.inv(np.array([[texels_per_m, 0, shift], [0, texels_per_m, shift], [0, 0, 1.0]]))
-        corner_dpt = [inverse_depth @ [x, y, 1.0] for x in (0, width) for y in (0, height)]
-        largest = self.pupil_m * focal * max(abs(phi - d) for d in corner_dpt)
-        count = int(np.clip((largest / n) ** 2 / 2, 48, 160))
+        outline = np.array([[0, 0], [1, 0], [1, 1], [0, 1.0]]) * [board.columns, board.rows] * board.square_m
+        seen = cv2.perspectiveTransform(outline[None], plane)[0]
+        outline_dpt = np.column_stack([seen, np.ones(4)]) @ inverse_depth
+        largest = self.pupil_m * focal * float(np.abs(phi - outline_dpt).max())
+        # beyond the blur of the print everything is white paper
+        low = np.clip(np.floor(seen.min(axis=0) - largest / 2).astype(int) - 4, 0, (width, height))
+        high = np.clip(np.ceil(seen.max(axis=0) + largest / 2).astype(int) + 5, 0, (width, height))
+        to_region = np.array([[1, 0, -low[0]], [0, 1, -low[1]], [0, 0, 1.0]])
+        size = (int(high[0] - low[0]), int(high[1] - low[1]))
+        count = int(np.clip((largest / n) ** 2, 64, 160))
         angle = np.arange(count) * np.pi * (3 - np.sqrt(5))
         pupil = np.sqrt((np.arange(count) + 0.5) / count)[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
         pupil -= pupil.mean(axis=0)
         pupil *= 0.25 * self.pupil_m / pupil.std(axis=0)  # second moments of the disc, exactly
-        total = np.zeros((height, width), np.float32)
+        total = np.zeros(size[::-1], np.float32)
         for a, b in pupil:
-            view = np.eye(3)
-            view[0] += focal * a * (phi * np.array([0, 0, 1.0]) - inverse_depth)
-            view[1] += focal * b * (phi * np.array([0, 0, 1.0]) - inverse_depth)
-            matrix = view @ plane @ from_texels
-            total += cv2.warpPerspective(texture, matrix, (width, height), flags=cv2.INTER_LINEAR, borderValue=(255,))
-        image = total / (255.0 * count) * 0.75 + 0.06
+            aside = np.eye(3)
+            aside[0] += focal * a * (phi * np.array([0, 0, 1.0]) - inverse_depth)
+            aside[1] += focal * b * (phi * np.array([0, 0, 1.0]) - inverse_depth)
+            matrix = to_region @ aside @ plane @ from_texels
+            view = cv2.warpPerspective(texture, matrix, size, flags=cv2.INTER_LINEAR, borderValue=(255,))
+            cv2.accumulate(view, total)
+        image = np.ones((height, width), np.float32)
+        image[low[1] : high[1], low[0] : high[0]] = total / (255.0 * count)
+        image = image * 0.75 + 0.06
         if self.distortion:
             image = cv2.remap(image, *self._straight(camera, (height, width)), cv2.INTER_CUBIC)
         if self.floor_px:

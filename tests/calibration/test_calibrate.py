@@ -264,12 +264,22 @@ def test_a_stack_must_say_its_board(tmp_path, frames):
 def test_the_command_writes_profile_and_report(tmp_path, frames):
     paths = [write(tmp_path / f"{k}.h5", images[::2], positions=STEPS[::2]) for k, images in enumerate(frames)]
     out = tmp_path / "lens.yaml"
-    args = ["calibrate", *map(str, paths), "-o", str(out), "--focal-px", str(FOCAL.value)]
+    (tmp_path / "camera.yml").write_text(
+        f"%YAML:1.0\n---\nimage_width: {CAMERA.width}\nimage_height: {CAMERA.height}\n"
+        "camera_matrix: !!opencv-matrix\n   rows: 3\n   cols: 3\n   dt: d\n"
+        f"   data: [ {FOCAL.value}, 0., 240.8, 0., {FOCAL.value}, 158.6, 0., 0., 1. ]\n"
+        "distortion_coefficients: !!opencv-matrix\n   rows: 1\n   cols: 5\n   dt: d\n   data: [ 0., 0., 0., 0., 0. ]\n"
+    )
+    args = ["calibrate", *map(str, paths), "-o", str(out), "--intrinsics", str(tmp_path / "camera.yml")]
+    both = CliRunner().invoke(app, [*args, "--focal-px", "1000"])
+    assert isinstance(both.exception, UsageError) and "exclude each other" in str(both.exception)
     result = CliRunner().invoke(app, args)
     assert result.exit_code == 0, result.output
+    assert "from camera.yml, taken to hold at mid focus; the boards agree with them within 0." in result.output
     assert "Aperture 17.9" in result.output or "Aperture 18.0" in result.output
     assert (tmp_path / "report.html").stat().st_size > 20_000
     profile = LensProfile.read(out)
+    assert profile.intrinsics.center_x_px == Measured(value=240.8, std=0.96, source="camera.yml")
     assert profile.sources[0].sha256 == load_board_stack(paths[0]).sha256
     checked = CliRunner().invoke(app, ["calibrate", "--check", str(paths[1]), "--lens", str(out)])
     assert checked.exit_code == 0, checked.output
