@@ -6,7 +6,7 @@ import functools
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from reconstruct import cluster, memory, remote, result
 from reconstruct.infer import Report
 from reconstruct.job import Job, process_stack, solve, stack_name, write
 
-SETTLED_S = 3.0  # a hot folder's photographs must be this old
+SETTLED_S = 3.0  # what appears in a hot folder must have kept its size for so long
 POLL_S = 2.0
 
 
@@ -46,15 +46,7 @@ def find_stacks(locations: Sequence[str]) -> list[str]:
     Raises UsageError for one that does not exist or when two stacks would write the same result, DataError when
     nothing is found.
     """
-    found: dict[str, int] = {}
-    for location in locations:
-        if remote.is_url(location):
-            found |= dict.fromkeys(remote.find(location), 0)
-            continue
-        path = Path(location)
-        if not path.exists():
-            raise UsageError(f"{path} does not exist; give a stack (.h5) or a folder of stacks or photographs")
-        found |= {str(p): _size(p) for p in ([path] if path.is_file() else _below(path))}
+    found = _sizes(locations)
     if not found:
         raise DataError(
             f"no focal stack in {', '.join(locations)}: expected .h5 files or folders of at least two photographs"
@@ -67,10 +59,31 @@ def find_stacks(locations: Sequence[str]) -> list[str]:
     return sorted(found, key=lambda stack: -found[stack])
 
 
+def _sizes(locations: Sequence[str]) -> dict[str, int]:
+    """Every stack at or below `locations` with its size in bytes."""
+    found: dict[str, int] = {}
+    for location in locations:
+        if remote.is_url(location):
+            for folder, sizes in remote.listing(location).items():
+                found |= {f"{folder}/{name}": size for name, size in sizes.items() if name.endswith(".h5")}
+                if _holds_photographs(sizes):
+                    found[folder] = sum(sizes.values())
+            continue
+        path = Path(location)
+        if not path.exists():
+            raise UsageError(f"{path} does not exist; give a stack (.h5) or a folder of stacks or photographs")
+        found |= {str(p): _size(p) for p in ([path] if path.is_file() else _below(path))}
+    return found
+
+
+def _holds_photographs(names: Collection[str]) -> bool:
+    return STACK_FILE in names or sum(map(is_image_name, names)) > 1
+
+
 def _below(folder: Path) -> Iterator[Path]:
     children = sorted(folder.iterdir())
     yield from (child for child in children if child.suffix == ".h5" and child.is_file())
-    if (folder / STACK_FILE).is_file() or sum(is_image_name(child.name) for child in children) > 1:
+    if _holds_photographs([child.name for child in children]):
         yield folder
     for child in children:
         if child.is_dir() and not child.name.startswith(".") and not result.is_complete(child):
@@ -92,6 +105,7 @@ def run(stacks: Sequence[str], job: Job, *, workers: int = 1, address: str | Non
     outcomes = [Outcome(stack, "skipped", folder=_folder(job, stack)) for stack in stacks if stack not in todo]
     for outcome in outcomes:
         print(f"{outcome.folder}: complete already, skipped (--force does it again)")
+    _write_summary(job, outcomes)  # if it cannot be written, better now than after hours of work
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
@@ -126,24 +140,25 @@ def run(stacks: Sequence[str], job: Job, *, workers: int = 1, address: str | Non
 def watch(locations: Sequence[str], job: Job, **where: Any) -> None:
     """Reconstruct every stack that appears in `locations`, until interrupted; a failed one is tried once."""
     tried: set[str] = set()
+    seen: dict[str, tuple[int, float]] = {}  # stack: its size, and since when it has had it
+    said = ""
+    sizes = _sizes(locations)
     print(f"watching {', '.join(locations)}   (Ctrl-C ends it)", flush=True)
     while True:
+        now = time.monotonic()
+        seen |= {stack: (size, now) for stack, size in sizes.items() if seen.get(stack, (-1, now))[0] != size}
+        settled = [stack for stack in sizes if stack not in tried and now - seen[stack][1] >= SETTLED_S]
         try:
-            stacks = find_stacks(locations)
-        except DataError:  # nothing there yet
-            stacks = []
-        fresh = [
-            stack
-            for stack in stacks
-            if stack not in tried and not remote.is_complete(job.out, stack_name(stack)) and _settled(stack)
-        ]
-        if fresh:
-            tried.update(fresh)
-            try:
+            fresh = [stack for stack in settled if not remote.is_complete(job.out, stack_name(stack))]
+            tried.update(settled)
+            if fresh:
                 run(fresh, job, **where)
-            except DaifError as error:
+            time.sleep(POLL_S)
+            sizes = _sizes(locations)
+        except (DaifError, OSError) as error:  # also a bucket that is out of reach for a while
+            if str(error) != said:
                 Console(stderr=True).print(f"daif: {error}", markup=False, highlight=False, soft_wrap=True)
-        time.sleep(POLL_S)
+            said = str(error)
 
 
 def follow(location: str, job: Job) -> None:
@@ -164,14 +179,6 @@ def follow(location: str, job: Job) -> None:
         )
     if done == 0:
         raise DataError(f"{location}: no two frames were captured; start `daif capture` first, or give the right path")
-
-
-def _settled(stack: str) -> bool:
-    path = Path(stack)
-    if not path.is_dir():  # a stack file gets its final name only when it is complete
-        return True
-    newest = max((file.stat().st_mtime for file in path.iterdir()), default=0.0)
-    return time.time() - newest > SETTLED_S
 
 
 def _folder(job: Job, stack: str) -> str:

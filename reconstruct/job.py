@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
+import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -14,6 +16,7 @@ import cv2
 import numpy as np
 
 from capture.decode import to_srgb8
+from capture.errors import DaifError
 from capture.importer import import_folder
 from capture.lens import LensProfile
 from capture.stack import FocalStack, file_sha256
@@ -68,13 +71,13 @@ def solve(
     progress: Report = lambda what, share: None,
     announce: Callable[[str], None] = lambda line: None,
 ) -> Solved:
-    """The reconstruction of the stack at `location`: a file, a folder of photographs, or a URL of a file.
+    """The reconstruction of the stack at `location`: a file or a folder of photographs, by path or URL.
 
     `announce` gets the memory that will be used, before it is.
     """
     clock = Clock()
     profile = LensProfile.read(job.lens) if job.lens else None
-    with tempfile.TemporaryDirectory(prefix="daif-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="daif-") as scratch, _named(location, scratch):
         file = remote.fetch(location, Path(scratch))
         if file.is_dir():
             folder, file = file, Path(scratch) / f"{stack_name(location)}.h5"
@@ -103,6 +106,17 @@ def solve(
                 stages["read"] = getattr(clock, name)["read"] + answer.record[name]["read"]
                 answer.record[name] = stages
             return Solved(answer, page, stack.exif)
+
+
+@contextlib.contextmanager
+def _named(location: str, scratch: str) -> Iterator[None]:
+    """Errors about a copy of a stack in `scratch` are told as errors of the stack."""
+    try:
+        yield
+    except DaifError as error:
+        copies = f"{re.escape(scratch)}/{re.escape(stack_name(location))}(\\.h5)?"
+        error.args = (re.sub(copies, lambda _: location, str(error)),)
+        raise
 
 
 def write(solved: Solved, job: Job) -> dict[str, Any]:

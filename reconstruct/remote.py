@@ -6,13 +6,14 @@ A stack is copied here, worked on, and its result copied back; nothing else of t
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from capture.errors import DataError, UsageError
+from capture.errors import DaifError, DataError, NoSpaceError, UsageError
 from reconstruct import result
 
 
@@ -21,36 +22,68 @@ def is_url(location: str) -> bool:
     return "://" in location
 
 
-def filesystem(url: str) -> tuple[Any, str]:
-    """The fsspec file system of `url` and the path in it; UsageError when its driver is not installed."""
+@contextlib.contextmanager
+def _reaching(url: str) -> Iterator[tuple[Any, str]]:
+    """The fsspec file system of `url`, nothing in its memory of listings, and the path in it.
+
+    Raises UsageError for whatever its driver raises, and each driver has exceptions of its own.
+    """
     import fsspec
 
     try:
-        return fsspec.core.url_to_fs(url)
+        files, path = fsspec.core.url_to_fs(url)
+        files.invalidate_cache()
+        yield files, path.rstrip("/")
     except (ImportError, ValueError) as error:
         raise UsageError(f"{url}: {error}") from None
+    except DaifError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise NoSpaceError(f"{tempfile.gettempdir()} has no room for {url}; set TMPDIR to another disk") from None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(
+            f"{url} cannot be reached or used ({reason}); check the address, the network and your credentials"
+        ) from None
 
 
-def find(url: str) -> list[str]:
-    """URLs of the stack files at or below `url`; raises UsageError if there is nothing at that address."""
-    files, path = filesystem(url)
-    if not files.exists(path):
-        raise UsageError(f"{url} does not exist")
-    if files.isfile(path):
-        return [url]
-    return [files.unstrip_protocol(name) for name in sorted(files.find(path)) if name.endswith(".h5")]
+def listing(url: str) -> dict[str, dict[str, int]]:
+    """Size in bytes of every file below `url`, {URL of its folder: {name: size}}; of `url` itself if it is a file.
+
+    Folders of finished results and hidden ones are left out. Raises UsageError if there is nothing at that address.
+    """
+    with _reaching(url) as (files, path):
+        if not files.exists(path):
+            raise UsageError(f"{url} does not exist")
+        if files.isfile(path):
+            folder, _, name = url.rpartition("/")
+            return {folder: {name: files.size(path)}}
+        folders: dict[str, dict[str, int]] = {}
+        for found, about in sorted(files.find(path, detail=True).items()):
+            inside, _, name = found[len(path) :].rpartition("/")
+            folders.setdefault(inside, {})[name] = about["size"]
+    return {
+        url.rstrip("/") + inside: sizes
+        for inside, sizes in folders.items()
+        if result.RECORD not in sizes and not any(part.startswith(".") for part in inside.split("/"))
+    }
 
 
 def fetch(location: str, scratch: Path) -> Path:
-    """`location` as a local path; a URL is copied into `scratch`."""
+    """`location`, a file or a folder of photographs, as a local path; a URL is copied into `scratch`."""
     if not is_url(location):
         return Path(location)
-    files, path = filesystem(location)
-    target = scratch / path.rstrip("/").rsplit("/", 1)[-1]
-    try:
-        files.get_file(path, str(target))
-    except FileNotFoundError:
-        raise DataError(f"{location} does not exist any more") from None
+    with _reaching(location) as (files, path):
+        target = scratch / path.rpartition("/")[2]
+        if files.isfile(path):
+            files.get_file(path, str(target))
+        elif files.isdir(path):
+            target.mkdir()
+            for about in files.ls(path, detail=True):
+                if about["type"] == "file":
+                    files.get_file(about["name"], str(target / about["name"].rpartition("/")[2]))
+        else:
+            raise DataError(f"{location} does not exist any more")
     return target
 
 
@@ -58,16 +91,16 @@ def is_complete(out: str, name: str) -> bool:
     """Whether the result `name` is finished in `out`."""
     if not is_url(out):
         return result.is_complete(Path(out) / name)
-    files, path = filesystem(out)
-    return bool(files.exists(f"{path.rstrip('/')}/{name}/{result.RECORD}"))
+    with _reaching(out) as (files, path):
+        return bool(files.exists(f"{path}/{name}/{result.RECORD}"))
 
 
 def read_record(out: str, name: str) -> dict[str, Any]:
     """The record of the finished result `name` in `out`, with `folder` as `job.write` adds it."""
     folder = f"{out.rstrip('/')}/{name}"
     if is_url(out):
-        files, path = filesystem(folder)
-        text = files.cat_file(f"{path}/{result.RECORD}").decode()
+        with _reaching(folder) as (files, path):
+            text = files.cat_file(f"{path}/{result.RECORD}").decode()
     else:
         text = (Path(folder) / result.RECORD).read_text(encoding="utf-8")
     return {"folder": folder, **json.loads(text)}
@@ -78,11 +111,11 @@ def prepare_output(out: str) -> None:
 
     Raises UsageError if it cannot be written.
     """
-    try:
-        if is_url(out):
-            files, path = filesystem(out)
+    if is_url(out):
+        with _reaching(out) as (files, path):
             files.makedirs(path, exist_ok=True)
-            return
+        return
+    try:
         Path(out).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
             pass
@@ -98,11 +131,11 @@ def output_folder(out: str) -> Iterator[Path]:
     if not is_url(out):
         yield Path(out)
         return
-    files, path = filesystem(out)
     with tempfile.TemporaryDirectory(prefix="daif-") as scratch:
         yield Path(scratch)
         written = sorted(Path(scratch).rglob("*"), key=lambda file: file.name == result.RECORD)
-        for file in (file for file in written if file.is_file()):
-            target = f"{path.rstrip('/')}/{file.relative_to(scratch).as_posix()}"
-            files.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
-            files.put_file(str(file), target)
+        with _reaching(out) as (files, path):
+            for file in (file for file in written if file.is_file()):
+                target = f"{path}/{file.relative_to(scratch).as_posix()}"
+                files.makedirs(target.rpartition("/")[0], exist_ok=True)
+                files.put_file(str(file), target)
