@@ -1,7 +1,10 @@
 """Speed, memory and accuracy of the renderer, forward + backward, against the same thing written plainly.
 
+    python -m tests.benchmarks renderer                                  (half an hour of one core)
+    python -m tests.benchmarks.bench_renderer --sigmas 3                 (one blur only)
+
 Process CPU time of one thread, medians, both sides in the same process and interleaved. Blur is given as the largest
-standard deviation of the Gaussian in px.
+standard deviation of the Gaussian in px. Goes to bench-results/renderer.json.
 """
 
 from __future__ import annotations
@@ -252,8 +255,9 @@ def main(argv: list[str]) -> None:
         fast, slow = gather_against_plain(sigma, share, options.repeats)
         goal(f"gather, 256x256x5, sigma {sigma:g}: {slow:.2f} s exact / {fast:.3f} s", limit, slow / fast, True)
     table: list[dict[str, Any]] = []
-    for model, psf in (("scatter", "gaussian"), ("scatter", "disc"), ("occlusion", "disc"), ("gather", "gaussian")):
-        for sigma in options.sigmas:
+    models = [("scatter", "gaussian"), ("scatter", "disc"), ("occlusion", "disc"), ("gather", "gaussian")]
+    for model, psf in [*models, ("published", "gaussian")]:
+        for sigma in options.sigmas if model != "published" else options.sigmas[:1]:  # its window is fixed
             sizes = {}
             for height, width in ((256, 256), (512, 512), (1080, 1920)):
                 sizes[height] = alone(model, psf, height, width, sigma)
