@@ -4,9 +4,11 @@ On site, a handful of stacks: *refine, then distil*. Each stack's depth is first
 (`reconstruct/refine.py`), then the network learns the refined maps in a few small steps. Direct photometric
 fine-tuning gains next to nothing (notes/forward-model.md section 3).
 
-One frame of every stack is withheld from refinement and training alike. How well it is predicted, by blurring the
-all-in-focus image of the other frames through the predicted depth, decides when to stop and whether the adapted
-network is better than its start. If it is not, it is not kept.
+One frame of every stack is withheld from refinement and training alike. How well it is predicted, by blurring an
+all-in-focus image through the predicted depth, decides when to stop and whether the adapted network is better than its
+start. That image is fitted to the other frames, depth fixed: an image fused from them holds foreground light smeared
+over the background, so a smoothed or otherwise wrong depth predicts better with it than the truth does. A network that
+is not better by more than the stacks disagree is not kept.
 
 The paper's end-to-end training (`PhotometricTask`) is here too: render the network's image through the network's
 depth, compare with the frames.
@@ -30,13 +32,12 @@ from capture.lens import coc_diameter_px
 from reconstruct.checkpoint import save_weights
 from reconstruct.dataset import CapturedStack, StackBatch, kept_prior
 from reconstruct.estimate import Estimate
-from reconstruct.fusion import fuse
 from reconstruct.losses import PUBLISHED, charbonnier, match_exposure, published_terms
 from reconstruct.network import SWEEP, DefaultNet, NetworkOutput, PaperNet, Prior, build, sweep_prior
 from reconstruct.plane_sweep import gather_evidence, photometry, plane_sweep
 from reconstruct.predict import TrainedNetwork, predict, wrap
-from reconstruct.refine import refine
-from reconstruct.render import render_stack
+from reconstruct.refine import Misfit, refine, root_of
+from reconstruct.render import PsfShape, render_stack
 from reconstruct.train import TrainConfig, fit, is_first_process
 
 DISTILLED = "the stacks themselves: depth refined through the renderer, then distilled; no ground truth"
@@ -49,11 +50,14 @@ FINETUNE = TrainConfig(
     warmup_steps=10,
     ema_decay=0.9,
     weight_decay=0.0,
-    validate_every=25,
+    validate_every=50,
     log_every=25,
     keep="best",
-    patience=3,
+    patience=2,
 )
+IMAGE_STEPS = 8  # of the image that predicts a withheld frame
+LEAST_GAIN = 0.005  # share of the withheld error below which a gain is not believed
+
 FROM_NOTHING = FINETUNE.model_copy(
     update={"steps": 1000, "batch": 6, "learning_rate": 6e-4, "warmup_steps": 50, "validate_every": 100, "patience": 0}
 )
@@ -83,6 +87,7 @@ class Lesson:
     """A captured stack without its withheld frame, what the network should say about it, and the frame itself.
 
     `prior` is of the whole picture, as in inference, and gathered once: that takes as long as a training step.
+    `psf` renders the frames better than the other one does.
     """
 
     stack: CapturedStack
@@ -90,6 +95,7 @@ class Lesson:
     wanted: Estimate
     full: CapturedStack
     withheld: int
+    psf: PsfShape
 
     @classmethod
     def prepare(
@@ -111,7 +117,9 @@ class Lesson:
         else:
             parts = (frames, focus, kappa, valid)
             first = predict(start, *parts, metric=stack.metric, context=context, evidence=evidence)
-        wanted = refine(frames, focus, kappa, first, steps=refine_steps, valid=valid) if refine_steps else first
+        misfit = Misfit(frames, focus, kappa, valid=valid)
+        misfit.choose_psf(first)
+        wanted = refine(frames, focus, kappa, first, steps=refine_steps, valid=valid, psf=misfit.psf)
         wanted = Estimate(
             wanted.inverse_depth_dpt.cpu(),
             wanted.std_dpt.cpu(),
@@ -119,7 +127,7 @@ class Lesson:
             wanted.aif.cpu(),
             metric=stack.metric,
         )
-        return cls(stack, kept_prior(prior, folder), wanted, full, withheld)
+        return cls(stack, kept_prior(prior, folder), wanted, full, withheld, misfit.psf)
 
 
 def withheld_frame(stack: CapturedStack) -> int:
@@ -134,27 +142,28 @@ def _predict(network: TrainedNetwork, stack: CapturedStack, device: torch.device
     return predict(network, frames, focus, kappa, valid, metric=stack.metric)
 
 
-@torch.inference_mode()
 def withheld_error(lesson: Lesson, estimate: Estimate) -> float:
     """How badly `estimate`, made without the withheld frame, predicts it: Charbonnier difference x 1000.
 
-    The all-in-focus image is fused from the other frames at the estimate's depth and blurred by the occlusion renderer.
+    The all-in-focus image is fitted to the other frames at the estimate's depth, and blurred by the occlusion renderer.
     """
     stack, full, index = lesson.stack, lesson.full, lesson.withheld
-    device = estimate.aif.device
-    frames, focus, kappa, valid = (x.to(device) for x in (stack.frames, stack.focus_dpt, stack.kappa, stack.valid))
-    std = torch.nan_to_num(estimate.std_dpt)
-    aif = fuse(frames, focus, kappa, estimate.inverse_depth_dpt, std, valid=valid)
-    target = full.frames[index].to(device)[None, None]
-    rendered = render_stack(
-        aif[None],
-        estimate.inverse_depth_dpt[None, None],
-        full.focus_dpt[None, index : index + 1].to(device),
-        full.kappa[None, index : index + 1].to(device),
+    depth = estimate.inverse_depth_dpt
+    device = depth.device
+    parts = (x.to(device) for x in (stack.frames, stack.focus_dpt, stack.kappa))
+    misfit = Misfit(*parts, valid=stack.valid.to(device), psf=lesson.psf)
+    root = misfit.fitted(root_of(estimate.aif), depth, IMAGE_STEPS)
+    seen, target = full.valid[index].to(device), full.frames[index].to(device)
+    one = Misfit(
+        target[None],
+        full.focus_dpt[index : index + 1].to(device),
+        full.kappa[index : index + 1].to(device),
+        valid=seen[None],
+        psf=lesson.psf,
     )
-    seen = full.valid[index].to(device)
-    rendered = match_exposure(rendered, target)
-    return 1000 * float(charbonnier(rendered[..., seen], target[..., seen]))
+    with torch.no_grad():
+        rendered = match_exposure(one.rendered(root, depth)[None], target[None, None])[0, 0]
+    return 1000 * float(charbonnier(rendered[:, seen], target[:, seen]))
 
 
 class DistilTask:
@@ -259,6 +268,13 @@ class Adaptation:
         return "\n".join(rows)
 
 
+def reliably_lower(before: Sequence[float], after: Sequence[float]) -> bool:
+    """Whether `after` is lower than `before` by a mean ratio beyond its standard error, paired; and by LEAST_GAIN."""
+    change = np.log(np.asarray(after) / np.asarray(before))
+    doubt = change.std(ddof=1) / np.sqrt(len(change)) if len(change) > 1 else 0.0
+    return bool(change.mean() + max(doubt, LEAST_GAIN) < 0)
+
+
 def adapt(
     stacks: Sequence[CapturedStack],
     start: TrainedNetwork | None,
@@ -271,8 +287,8 @@ def adapt(
 ) -> Adaptation:
     """Refine the stacks, distil them into a copy of `start` (a new network if None), keep it if it is better.
 
-    Weights are written to `run/weights.safetensors` if the withheld frames are predicted better than before. A new
-    network has no before: it is compared with the plane sweep, and kept in any case.
+    Weights are written to `run/weights.safetensors` if withheld frames are then predicted better (`reliably_lower`).
+    A new network has no before: it is compared with the plane sweep, and kept in any case.
 
     Raises DataError when no stack has three frames: then nothing can be withheld to judge by.
     """
@@ -292,8 +308,7 @@ def adapt(
         before = task.errors(net.to(device))
     net.load_state_dict(fit(net, task, config, run, device=device, resume=resume))
     after = task.errors(net.to(device))
-    better = float(np.mean(list(after.values()))) < float(np.mean(list(before.values())))
-    if start is not None and not better:
+    if start is not None and not reliably_lower(list(before.values()), list(after.values())):
         return Adaptation(before, after, None)
     about: dict[str, Any] = {
         "preset": "paper" if isinstance(net, PaperNet) else "default",

@@ -12,7 +12,7 @@ from reconstruct.estimate import Estimate
 from reconstruct.losses import charbonnier
 from reconstruct.plane_sweep import plane_sweep
 from reconstruct.predict import load_network, predict
-from reconstruct.refine import refine
+from reconstruct.refine import Misfit, refine, root_of
 from reconstruct.render import render_stack
 
 
@@ -88,6 +88,17 @@ def test_refine_improves_the_plane_sweep(stack):
     assert torch.isfinite(refined.aif).all()
     assert (refined.std_dpt >= stack.start.std_dpt).all()
     assert (refined.confidence <= stack.start.confidence).all()
+
+
+def test_image_is_fitted_in_a_few_steps_beside_bright_lights_too(stack):
+    """Light a hundred times brighter than its surroundings bends the misfit more than a step of full length allows."""
+    lit = stack.frames.clone()
+    lit[:, :, 20:23, 30:33] = 100.0
+    for frames, left in ((stack.frames, 0.6), (lit, 1.0)):
+        misfit, root = Misfit(frames, stack.focus, stack.kappa), root_of(stack.start.aif)
+        before = float(misfit(root, stack.truth).mean())
+        after = float(misfit(misfit.fitted(root, stack.truth, 6), stack.truth).mean())
+        assert after < left * before
 
 
 def test_no_steps_change_nothing(stack):

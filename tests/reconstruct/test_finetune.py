@@ -1,0 +1,52 @@
+"""The judge of fine-tuning: does a withheld frame tell a better depth from a worse one?"""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from capture.optics import Condition, simulate_sweep, sweep_for_scene
+from capture.scenes import procedural_scene
+from reconstruct.dataset import CapturedStack
+from reconstruct.finetune import Lesson, reliably_lower, withheld_error
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    """A noisy sweep whose middle frame is withheld, and its true inverse depth."""
+    scene = procedural_scene(3, 72, 96)
+    sweep = simulate_sweep(scene, *sweep_for_scene(scene, 5, 12.0), Condition(noise_std=0.01, bits=8))
+    frames = torch.from_numpy(np.ascontiguousarray(sweep.linear().transpose(0, 3, 1, 2)))
+    focus, kappa = (torch.tensor(x, dtype=torch.float32) for x in (sweep.focus_dpt, sweep.kappa_px_per_dpt))
+    stack = CapturedStack("scene", frames, torch.ones(5, 72, 96, dtype=torch.bool), focus, kappa, True)
+    lesson = Lesson.prepare(stack, None, 0, torch.device("cpu"), tmp_path_factory.mktemp("kept"))
+    return lesson, torch.from_numpy((1 / scene.depth_m).astype(np.float32))
+
+
+def test_withheld_frame_prefers_the_truth(judged):
+    """To the plane sweep, and to smoothed, shifted and wavy versions of the truth."""
+    lesson, truth = judged
+    px = 4 / float(lesson.stack.kappa.mean())
+    y, x = torch.meshgrid(torch.arange(72.0), torch.arange(96.0), indexing="ij")
+    worse = {
+        "sweep": lesson.wanted.inverse_depth_dpt,
+        "smoothed": torch.from_numpy(cv2.GaussianBlur(truth.numpy(), (0, 0), 2)),
+        "shifted": truth + 0.3 * px,
+        "wavy": truth + 0.4 * px * torch.sin(x / 6) * torch.sin(y / 6),
+    }
+
+    def error(depth):
+        return withheld_error(lesson, lesson.wanted._replace(inverse_depth_dpt=depth))
+
+    best = error(truth)
+    assert all(best < error(depth) for depth in worse.values())
+
+
+def test_a_gain_must_exceed_the_disagreement_of_the_stacks():
+    assert reliably_lower([3.0, 2.0, 4.0], [2.8, 1.9, 3.8])
+    assert not reliably_lower([3.0, 2.0, 4.0], [2.4, 2.0, 4.4])  # lower on average, by one stack
+    assert not reliably_lower([3.0], [2.99])
+    assert reliably_lower([3.0], [2.9])
+    assert not reliably_lower([3.0, 2.0], [3.1, 2.1])
