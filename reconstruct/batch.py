@@ -302,9 +302,10 @@ def _write_summary(job: Job, outcomes: Sequence[Outcome]) -> None:
 
 def _print_table(outcomes: Sequence[Outcome]) -> None:
     counts = {status: sum(o.status == status for o in outcomes) for status in ("done", "skipped", "failed")}
-    table = Table(title=", ".join(f"{count} {status}" for status, count in counts.items()))
+    table = Table()
     for column in ("stack", "status", "s"):
         table.add_column(column, justify="right" if column == "s" else "left")
     for outcome in outcomes:
         table.add_row(stack_name(outcome.stack), outcome.status, f"{outcome.seconds:.1f}" if outcome.seconds else "")
     Console().print(table)
+    print(", ".join(f"{count} {status}" for status, count in counts.items()))

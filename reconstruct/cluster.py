@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import time
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from capture.errors import DaifError, SomeFailedError, UsageError
+
+logger = logging.getLogger(__name__)
 
 MAX_DEATHS = 2
 POLL_S = 0.1
@@ -41,6 +45,7 @@ class _Board:
     waiting: deque[str]
     running: dict[Any, tuple[str, str]] = field(default_factory=dict)  # future -> stack, worker address
     deaths: Counter[str] = field(default_factory=Counter)
+    misfits: dict[str, str] = field(default_factory=dict)  # worker address -> what is wrong with its versions, if any
 
     @property
     def left(self) -> int:
@@ -51,39 +56,45 @@ class _Board:
 def connect(workers: int, address: str | None) -> Iterator[Any]:
     """A Dask client: of the cluster at `address`, or of `workers` new processes on this machine's loopback.
 
-    Raises UsageError if no scheduler answers at `address`.
+    Raises UsageError if no scheduler answers at `address`, or one of other versions, or one with such workers.
     """
     import dask
-    from distributed import Client, LocalCluster
 
-    if address is not None:
-        try:
-            client = Client(address, timeout="10s")
-        except (OSError, ValueError) as error:
-            raise UsageError(
-                f"no Dask scheduler answers at {address} ({error}); start one with `dask scheduler`"
-            ) from None
-        with client:
-            yield client
-        return
-    quiet = {"distributed.logging.distributed": "critical", "distributed.admin.log-format": "%(message)s"}
+    quiet = {"distributed": "critical", "distributed.client": "critical"}  # what matters is said here, in a sentence
     patient = {  # the default, 15 s, is too short for a busy machine
         "distributed.deploy.lost-worker-timeout": f"{RESTART_LIMIT_S}s",
         "distributed.comm.timeouts.connect": "30s",
         "distributed.worker.daemon": False,
     }
-    with (
-        dask.config.set({**quiet, **patient}),
-        LocalCluster(
-            n_workers=workers,
-            threads_per_worker=1,
-            host="127.0.0.1",
-            dashboard_address="127.0.0.1:0",  # None still listens, on port 8787 of every interface
-            silence_logs=50,
-        ) as cluster,
-        Client(cluster) as client,
-    ):
-        yield client
+    with dask.config.set({"distributed.logging": quiet, "distributed.admin.log-format": "%(message)s", **patient}):
+        from distributed import Client, LocalCluster  # takes its log levels from there when it is imported
+        from distributed.versions import VersionMismatchWarning
+
+        if address is not None:
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", VersionMismatchWarning)  # `_misfits` tells
+                    client = Client(address, timeout="10s")
+            except (OSError, ValueError) as error:
+                raise UsageError(
+                    f"no Dask scheduler answers at {address} ({error}); start one with `dask scheduler`"
+                ) from None
+            with client:
+                for problem in filter(None, _misfits(client).values()):
+                    raise UsageError(problem)
+                yield client
+            return
+        with (
+            LocalCluster(
+                n_workers=workers,
+                threads_per_worker=1,
+                host="127.0.0.1",
+                dashboard_address="127.0.0.1:0",  # None still listens, on port 8787 of every interface
+                silence_logs=50,
+            ) as cluster,
+            Client(cluster) as client,
+        ):
+            yield client
 
 
 def send_files(client: Any, files: Sequence[Path]) -> None:
@@ -137,7 +148,7 @@ def run_on(client: Any, items: Sequence[str], call: Callable[[str], dict[str, An
     board = _Board(waiting=deque(items))
     alone_since: float | None = None
     while board.left:
-        capacity = _workers(client)
+        capacity = _workers(client, board)
         if capacity is None:
             raise SomeFailedError(
                 f"the Dask scheduler has gone away and {board.left} stacks are left; what was finished stays finished, "
@@ -159,17 +170,53 @@ def run_on(client: Any, items: Sequence[str], call: Callable[[str], dict[str, An
         time.sleep(POLL_S)
 
 
-def _workers(client: Any) -> dict[str, int] | None:
-    """Threads of every worker that is there now; None if there is no scheduler any more."""
+def _workers(client: Any, board: _Board) -> dict[str, int] | None:
+    """Threads of every worker that is there now and has our versions; None if there is no scheduler any more.
+
+    One that joined late with other versions would fail every stack that it is given.
+    """
     if client.status != "running":
         return None
     from distributed import TimeoutError
 
     try:  # not `client.scheduler_info`: its cache is emptied of workers every few seconds, also while one reads it
-        known = client.sync(client.scheduler.identity, n_workers=-1)
+        known = client.sync(client.scheduler.identity, n_workers=-1)["workers"]
+        if known.keys() - board.misfits.keys():
+            found = _misfits(client)
+            for address in found.keys() - board.misfits.keys():
+                if found[address]:
+                    logger.warning("not used: %s", found[address])
+            board.misfits |= found
     except (TimeoutError, OSError):  # went away while it was asked
         return None
-    return {address: info["nthreads"] for address, info in known["workers"].items()}
+    return {address: info["nthreads"] for address, info in known.items() if board.misfits.get(address) == ""}
+
+
+def _misfits(client: Any) -> dict[str, str]:
+    """By address of the scheduler and of every worker, what to say if its versions are not ours, else "".
+
+    The scheduler too unpacks what is sent to the workers.
+    """
+    found = client.get_versions(packages=["daif"])
+    ours = _versions(found["client"])
+    machines = {client.scheduler.address: found["scheduler"], **found["workers"]}
+    return {
+        address: ""
+        if (theirs := _versions(about)) == ours
+        else f"{address} runs {_listed(theirs)} and this machine {_listed(ours)}; install the same versions on all"
+        for address, about in machines.items()
+    }
+
+
+def _versions(about: dict[str, Any]) -> dict[str, str]:
+    """What has to be the same on all machines."""
+    installed = about["packages"]
+    python = ".".join(installed["python"].split(".")[:2])
+    return {"Python": python, **{name: installed.get(name) or "missing" for name in ("daif", "distributed")}}
+
+
+def _listed(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def _replace_lost(client: Any, capacity: dict[str, int]) -> None:

@@ -3,11 +3,13 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 
 import cloudpickle
@@ -99,25 +101,29 @@ def test_a_worker_killed_before_its_record_is_fetched(client, tmp_path, monkeypa
 
 
 @contextlib.contextmanager
-def started_by_hand(folder):
-    """A scheduler and two workers as a user starts them: (address, the scheduler's process)."""
+def started_by_hand(folder, workers=2, path=""):
+    """A scheduler and `workers` as a user starts them: (address, the scheduler's process, start another worker)."""
     file = folder / "scheduler.json"
     common = ["--scheduler-file", str(file), "--host", "127.0.0.1", "--no-dashboard"]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    started = []
 
-    def start(program, *options):
+    def start(program, *options, path=""):
         command = [sys.executable, "-m", f"distributed.cli.dask_{program}", *common, *options]
-        return subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
+        environment = os.environ | {"PYTHONPATH": f"{path}:{Path(__file__).parents[2]}"}
+        started.append(subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment, cwd=folder))
 
-    started = [start("scheduler", "--port", "0")]
+    def start_worker(path=""):
+        start("worker", "--nthreads", "1", "--local-directory", str(folder), "--death-timeout", "9", path=path)
+
     try:
+        start("scheduler", "--port", "0", path=path)
         deadline = time.monotonic() + 60
         while not file.exists() and time.monotonic() < deadline:
             time.sleep(0.1)
         address = json.loads(file.read_text())["address"]
-        for _ in range(2):
-            started.append(start("worker", "--nthreads", "1", "--local-directory", str(folder), "--death-timeout", "9"))
-        yield address, started[0]
+        for _ in range(workers):
+            start_worker()
+        yield address, started[0], start_worker
     finally:
         for process in reversed(started):
             process.terminate()
@@ -135,13 +141,52 @@ def test_a_cluster_started_by_hand_and_its_scheduler_killed(tmp_path):
             if len(done) == 4:
                 scheduler.kill()
 
-    with started_by_hand(tmp_path) as (address, scheduler), cluster.connect(0, address) as client:
+    with started_by_hand(tmp_path) as (address, scheduler, _), cluster.connect(0, address) as client:
         client.wait_for_workers(2, timeout=60)
         with pytest.raises(SomeFailedError, match=r"scheduler has gone away and \d+ stacks are left") as raised:
             run(client, scheduler)
     assert raised.value.exit_code == 3
     assert len(done) >= 4
     assert all((tmp_path / name).exists() for name in done)
+
+
+@pytest.fixture
+def another_daif(tmp_path):
+    """A folder that, on the path, makes Python believe that another version of daif is installed."""
+    about = tmp_path / "other" / "daif-9.9.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: daif\nVersion: 9.9\n")
+    return about.parent
+
+
+def test_a_scheduler_of_another_version_is_one_sentence(tmp_path, another_daif):
+    ours = rf"and this machine Python 3\.\d+, daif {re.escape(version('daif'))}, distributed \S+; install"
+    with (
+        started_by_hand(tmp_path, workers=0, path=another_daif) as (address, *_),
+        pytest.raises(UsageError, match=rf"^{address} runs Python 3\.\d+, daif 9\.9, distributed \S+ {ours}"),
+        cluster.connect(0, address),
+    ):
+        pass
+
+
+def test_a_worker_that_joins_with_another_version_is_not_used(tmp_path, another_daif, caplog):
+    paths = [tmp_path / f"stack{i:02}" for i in range(12)]
+    with started_by_hand(tmp_path, workers=1) as (address, _, start_worker), cluster.connect(0, address) as client:
+        client.wait_for_workers(1, timeout=60)
+        start_worker(another_daif)
+        client.wait_for_workers(2, timeout=60)
+        ends = list(cluster.run_on(client, [str(path) for path in paths], work))
+    assert all(end.record for end in ends)
+    assert len({path.read_text() for path in paths}) == 1
+    assert "not used: tcp://127.0.0.1" in caplog.text and "daif 9.9" in caplog.text
+
+
+def test_python_of_another_minor_version_differs():
+    def about(python):
+        return {"packages": {"python": python, "daif": "0.1.0", "distributed": "2026.8.0"}}
+
+    assert cluster._versions(about("3.11.7.final.0")) == cluster._versions(about("3.11.2.final.0"))
+    assert cluster._versions(about("3.11.7.final.0")) != cluster._versions(about("3.12.7.final.0"))
 
 
 @pytest.mark.slow
@@ -151,7 +196,7 @@ def test_reconstruct_on_a_cluster_started_by_hand(tmp_path):
     stacks.mkdir()
     for seed in range(3):
         write_small_stack(stacks / f"stack{seed}.h5", seed=seed)
-    with started_by_hand(tmp_path) as (address, _):
+    with started_by_hand(tmp_path) as (address, *_):
         command = [sys.executable, "-c", "from reconstruct.cli import main; main()", "reconstruct", str(stacks)]
         command += ["-o", str(tmp_path / "out"), "--on", address, "--device", "cpu"]
         ended = subprocess.run(command, capture_output=True, text=True, timeout=600)
@@ -201,9 +246,7 @@ def test_files_travel_to_every_worker_once(client, tmp_path):
     weights.write_text("1 MB of weights")
     cluster.send_files(client, [weights])
     weights.unlink()  # another machine does not have it
-    found = [
-        client.submit(read_sent, str(weights), workers=[address], pure=False) for address in cluster._workers(client)
-    ]
+    found = [client.submit(read_sent, str(weights), workers=[address], pure=False) for address in client.nthreads()]
     records = [future.result() for future in found]
     assert {record["text"] for record in records} == {"1 MB of weights"}
     assert len({record["pid"] for record in records}) == 2
