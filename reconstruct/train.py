@@ -38,7 +38,7 @@ class TrainConfig(BaseModel):
 
     preset: Literal["default", "paper"] = "default"
     seed: int = 1
-    steps: int = Field(3200, ge=1)
+    steps: int = Field(3000, ge=1)
     batch: int = Field(5, ge=1, description="stacks a step, shared by all processes")
     accumulate: int = Field(1, ge=1, description="parts that a process works on one after the other, to save memory")
     crop_px: int = Field(160, ge=32, multiple_of=16)
@@ -46,7 +46,8 @@ class TrainConfig(BaseModel):
     first_scenes: int = Field(400, ge=1, description="scenes used by the first step; one more with every 8 stacks")
     held_out_scenes: int = Field(24, ge=1, description="simulated scenes for validation only")
     scene_px: int = Field(208, ge=32)
-    learning_rate: float = Field(6e-4, gt=0)
+    learning_rate: float = Field(1e-3, gt=0)
+    restart_step: int = Field(0, ge=0, description="where it rises again, to half of that; 0 never")
     warmup_steps: int = Field(100, ge=0)
     weight_decay: float = Field(1e-4, ge=0)
     gradient_clip: float = Field(1.0, gt=0)
@@ -54,7 +55,7 @@ class TrainConfig(BaseModel):
     opinion_weight: float = Field(0.5, ge=0)
     gradient_weight: float = Field(0.5, ge=0)
     distribution_weight: float = Field(0.5, ge=0)
-    spread_weight: float = Field(0.1, ge=0)
+    spread_weight: float = Field(0.3, ge=0)
     aif_weight: float = Field(2.0, ge=0)
     checkpoint_seconds: float = Field(150.0, gt=0)
     keep: Literal["last", "best"] = Field("last", description="which averaged weights are the result")
@@ -65,6 +66,7 @@ class TrainConfig(BaseModel):
     log_every: int = Field(20, ge=1)
 
 
+RECIPE = TrainConfig(steps=4600, restart_step=3000)  # of the shipped weights; configs/train/default.yaml spells it out
 NOT_PART_OF_THE_RESULT = {"accumulate", "checkpoint_seconds", "checkpoint_every", "keep_states", "log_every"}
 EXTENDABLE = {"steps"}  # a run may be made longer or shorter while it is under way
 
@@ -128,11 +130,20 @@ def supervised_terms(output: NetworkOutput, batch: StackBatch, config: TrainConf
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up, then a cosine down to 1 % of the peak."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return config.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
+    """Linear warm-up, then a cosine down to 1 % of the peak; the same once more from `restart_step`, half as high.
+
+    Warm restarts as in Loshchilov and Hutter 2017.
+    """
+    peak, begin, end = config.learning_rate, 0, config.steps
+    if 0 < config.restart_step < config.steps:
+        if step < config.restart_step:
+            end = config.restart_step
+        else:
+            peak, begin = peak / 2, config.restart_step
+    if step - begin < config.warmup_steps:
+        return peak * (step - begin + 1) / config.warmup_steps
+    done = (step - begin - config.warmup_steps) / max(1, end - begin - config.warmup_steps)
+    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
 
 
 class Task(Protocol):

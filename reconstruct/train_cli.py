@@ -66,12 +66,12 @@ def train_command(
 def _settings(config: Path | None, recipe: str | None, preset: str, init: str, steps: int | None) -> TrainConfig:
     from capture.config import load_yaml
     from reconstruct.finetune import FINETUNE, FROM_NOTHING, PAPER
-    from reconstruct.train import TrainConfig
+    from reconstruct.train import RECIPE, TrainConfig
 
     if config is not None:
         settings = load_yaml(config, TrainConfig)
     elif recipe is not None:
-        settings = TrainConfig()
+        settings = RECIPE
     elif preset == "paper":
         settings = PAPER
     else:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -16,6 +17,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from capture.config import load_yaml
 from capture.errors import DataError, UsageError
 from capture.lens import Lens
 from capture.stack import write_stack
@@ -26,6 +28,7 @@ from reconstruct.finetune import FINETUNE, DistilTask, Lesson, PhotometricTask, 
 from reconstruct.network import DefaultNet, NetworkOutput, build
 from reconstruct.predict import wrap
 from reconstruct.train import (
+    RECIPE,
     SimulatedTask,
     TrainConfig,
     fit,
@@ -206,6 +209,14 @@ def test_learning_rate_warms_up_and_falls():
     assert rates[0] == pytest.approx(0.1)
     assert max(rates) == pytest.approx(1.0)
     assert rates[-1] < 0.02
+    config = config.model_copy(update={"restart_step": 60})
+    rates = [learning_rate(config, step) for step in range(100)]
+    assert rates[59] < 0.02 and rates[99] < 0.02
+    assert max(rates[60:]) == pytest.approx(0.5)
+
+
+def test_the_recipe_is_spelt_out():
+    assert load_yaml(Path(__file__).parents[2] / "configs" / "train" / "default.yaml", TrainConfig) == RECIPE
 
 
 def test_exact_answer_costs_next_to_nothing():
