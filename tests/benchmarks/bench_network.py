@@ -35,7 +35,7 @@ from capture.scenes import Scene, motorcycle
 from reconstruct import metrics
 from reconstruct.dataset import FAR_DPT, NEAR_DPT, CapturedStack, procedural_training_scene
 from reconstruct.estimate import Estimate
-from reconstruct.finetune import FINETUNE, FROM_NOTHING, PAPER, DistilTask, Lesson, adapt, train_paper
+from reconstruct.finetune import FINETUNE, FROM_NOTHING, PAPER, DistilTask, Lesson, PhotometricTask, adapt, train_paper
 from reconstruct.network import DefaultNet, PaperNet
 from reconstruct.plane_sweep import plane_sweep
 from reconstruct.predict import TrainedNetwork, load_network, predict, wrap
@@ -248,18 +248,21 @@ def tiny_stack() -> tuple[CapturedStack, np.ndarray]:
 
 
 def faithful(seed: int) -> Scores:
-    """The published network and training on one stack of 32 x 32, 300 steps, batch 1."""
+    """The published network, post-operation ("norm") and training on one stack of 32 x 32, 300 steps, batch 1."""
     stack, depth_m = tiny_stack()
     config = PAPER.model_copy(
         update={"steps": TINY_STEPS, "batch": 1, "crop_px": TINY_PX, "seed": seed, "validate_every": TINY_STEPS}
     )
+    torch.manual_seed(seed)
+    net, task = PaperNet(post="norm"), PhotometricTask([stack], config)
     with tempfile.TemporaryDirectory() as folder:
-        network = load_network(train_paper([stack], Path(folder), config, device=CPU), CPU)
-    found = predict(network, stack.frames, stack.focus_dpt, stack.kappa)
-    errors = metrics.depth_errors(found.inverse_depth_dpt.numpy(), depth_m, float(stack.kappa.mean()))
+        net.load_state_dict(fit(net, task, config, Path(folder), device=CPU))
+    with torch.inference_mode():
+        found = net(stack.frames[None], stack.focus_dpt[None], stack.kappa[None]).inverse_depth_dpt[0, 0]
+    errors = metrics.depth_errors(found.numpy(), depth_m, float(stack.kappa.mean()))
     return {
         "dead at start": float(dead_channels(stack, seed)[3]),
-        "dead share at end": network.about["validation"]["dead_depth"],
+        "dead share at end": task.validate(net)["dead_depth"],
         "abs_rel": errors["abs_rel"],
     }
 
