@@ -22,6 +22,7 @@ import json
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -453,6 +454,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--output", type=Path, default=RESULT)
     chosen = parser.parse_args(argv)
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", "Mean of empty slice|All-NaN slice")  # a scene may have no depth edge
     network = load_network("default", CPU)
     print(f"weights {network.identity}, {network.about.get('validation')}, {network.about.get('calibration')}")
     goals: list[Goal] = []
