@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Sequence
@@ -35,6 +34,7 @@ from capture.lens import LensProfile
 from capture.optics import ApertureRenderer, Psf, Quality
 from capture.scenes import Scene, srgb_to_linear
 from capture.stack import FocalStack
+from reconstruct import result
 from reconstruct.device import own_share
 from reconstruct.network import Prior
 from reconstruct.optics import optics_of
@@ -473,6 +473,7 @@ def prepare_captured(paths: Sequence[Path], profile: LensProfile | None, folder:
 
     Under torchrun every process prepares its share and waits for the others': `folder` must be on a disk they share.
     """
+    result.remove_leftovers(folder)
     rank, world = own_share()
     targets = [folder / f"{path.stem}-{_fingerprint(path, profile)}" for path in paths]
     for path, target in list(zip(paths, targets, strict=True))[rank::world]:
@@ -494,7 +495,7 @@ def _fingerprint(path: Path, profile: LensProfile | None) -> str:
 
 
 def _keep(stack: CapturedStack, target: Path) -> None:
-    partial = target.with_name(f".{target.name}.partial-{platform.node()}-{os.getpid()}")
+    partial = target.with_name(f".{target.name}.partial-{result.who()}")
     partial.mkdir(parents=True)
     for name in ("frames", "valid", "focus_dpt", "kappa"):
         np.save(partial / f"{name}.npy", getattr(stack, name).numpy())

@@ -16,9 +16,12 @@ depth, compare with the frames.
 
 from __future__ import annotations
 
+import hashlib
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,8 +32,9 @@ from torch import Tensor, nn
 
 from capture.errors import DataError
 from capture.lens import coc_diameter_px
-from reconstruct.checkpoint import save_weights
+from reconstruct.checkpoint import load_weights, save_weights
 from reconstruct.dataset import CapturedStack, StackBatch, kept_prior
+from reconstruct.device import own_share
 from reconstruct.estimate import Estimate
 from reconstruct.losses import PUBLISHED, charbonnier, match_exposure, published_terms
 from reconstruct.network import SWEEP, DefaultNet, NetworkOutput, PaperNet, Prior, build, sweep_prior
@@ -40,6 +44,7 @@ from reconstruct.refine import Misfit, refine, root_of
 from reconstruct.render import PsfShape, render_stack
 from reconstruct.train import TrainConfig, fit, is_first_process
 
+MAPS = ("inverse_depth_dpt", "std_dpt", "confidence", "aif")
 DISTILLED = "the stacks themselves: depth refined through the renderer, then distilled; no ground truth"
 PHOTOMETRIC = "the stacks themselves: frames rendered from the network's own depth and image; no ground truth"
 
@@ -99,11 +104,20 @@ class Lesson:
 
     @classmethod
     def prepare(
-        cls, full: CapturedStack, start: TrainedNetwork | None, refine_steps: int, device: torch.device, folder: Path
+        cls,
+        full: CapturedStack,
+        start: TrainedNetwork | None,
+        refine_steps: int,
+        device: torch.device,
+        folder: Path,
+        *,
+        shared: Path | None = None,
+        own: bool = True,
     ) -> Lesson:
         """Withhold a frame, estimate depth from the others (by `start`, else by plane sweep) and refine it.
 
-        What is too large for memory is mapped from `folder`.
+        What is too large for memory is mapped from `folder`. Where several processes need the lesson, the refined maps
+        are in `shared`: the process whose `own` it is writes them there, the others wait for that.
         """
         withheld = withheld_frame(full)
         stack = full if withheld < 0 else full.without(withheld)
@@ -112,22 +126,47 @@ class Lesson:
         context = photometry(frames, seen)
         evidence = gather_evidence(frames, focus, kappa, seen, SWEEP, context)
         prior = sweep_prior(frames, focus, kappa, seen, context=context, evidence=evidence)
-        if start is None:
-            first = plane_sweep(frames, focus, kappa, valid=seen, context=context, evidence=evidence)
+        if shared is None or (own and not shared.with_suffix(".json").exists()):
+            if start is None:
+                first = plane_sweep(frames, focus, kappa, valid=seen, context=context, evidence=evidence)
+            else:
+                parts = (frames, focus, kappa, valid)
+                first = predict(start, *parts, metric=stack.metric, context=context, evidence=evidence)
+            misfit = Misfit(frames, focus, kappa, valid=valid)
+            misfit.choose_psf(first)
+            wanted = refine(frames, focus, kappa, first, steps=refine_steps, valid=valid, psf=misfit.psf)
+            maps, psf = {name: getattr(wanted, name).cpu() for name in MAPS}, misfit.psf
+            if shared is not None:
+                save_weights(shared, maps, {"psf": psf})
         else:
-            parts = (frames, focus, kappa, valid)
-            first = predict(start, *parts, metric=stack.metric, context=context, evidence=evidence)
-        misfit = Misfit(frames, focus, kappa, valid=valid)
-        misfit.choose_psf(first)
-        wanted = refine(frames, focus, kappa, first, steps=refine_steps, valid=valid, psf=misfit.psf)
-        wanted = Estimate(
-            wanted.inverse_depth_dpt.cpu(),
-            wanted.std_dpt.cpu(),
-            wanted.confidence.cpu(),
-            wanted.aif.cpu(),
-            metric=stack.metric,
-        )
-        return cls(stack, kept_prior(prior, folder), wanted, full, withheld, misfit.psf)
+            while not shared.with_suffix(".json").exists():
+                time.sleep(0.2)
+            maps, about = load_weights(shared)
+            psf = about["psf"]
+        wanted = Estimate(**maps, metric=stack.metric)
+        return cls(stack, kept_prior(prior, folder), wanted, full, withheld, psf)
+
+
+def prepare_lessons(
+    stacks: Sequence[CapturedStack], start: TrainedNetwork | None, refine_steps: int, device: torch.device, run: Path
+) -> list[Lesson]:
+    """A lesson of every stack. Under torchrun each process refines its share; `run` must be on a disk they share."""
+    rank, world = own_share()
+
+    def prepare(i: int) -> Lesson:
+        name = None if world == 1 else run / "refined" / f"{_fingerprint(stacks[i], start, refine_steps)}.safetensors"
+        return Lesson.prepare(stacks[i], start, refine_steps, device, run, shared=name, own=i % world == rank)
+
+    ours_first = sorted(range(len(stacks)), key=lambda i: i % world != rank)
+    lessons = {i: prepare(i) for i in ours_first}
+    return [lessons[i] for i in range(len(stacks))]
+
+
+def _fingerprint(stack: CapturedStack, start: TrainedNetwork | None, refine_steps: int) -> str:
+    """What refined maps depend on, in a few letters."""
+    optics = f"{stack.focus_dpt.tolist()} {stack.kappa.tolist()}"
+    what = f"{version('daif')} {stack.name} {optics} {refine_steps} {start and start.identity}"
+    return hashlib.sha256(stack.frames.numpy().tobytes() + what.encode()).hexdigest()[:16]
 
 
 def withheld_frame(stack: CapturedStack) -> int:
@@ -294,7 +333,7 @@ def adapt(
     """
     print(f"refining {len(stacks)} stack(s)", file=sys.stderr, flush=True)
     run.mkdir(parents=True, exist_ok=True)
-    lessons = [Lesson.prepare(stack, start, refine_steps, device, run) for stack in stacks]
+    lessons = prepare_lessons(stacks, start, refine_steps, device, run)
     if all(lesson.withheld < 0 for lesson in lessons):
         raise DataError("every stack has two frames only: none can be withheld to judge by; capture at least three")
     torch.manual_seed(config.seed)

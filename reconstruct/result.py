@@ -91,7 +91,7 @@ def is_complete(folder: Path) -> bool:
     return (folder / RECORD).is_file()
 
 
-def _who() -> str:
+def who() -> str:
     """This process among all that write into one folder, from one machine or many."""
     return f"{platform.node()}-{os.getpid()}"
 
@@ -123,7 +123,7 @@ def save(
     target = out / result.name
     if target.exists() and not replace:
         raise UsageError(f"{target} already exists; remove it, choose another -o, or add --force to replace it")
-    staging = out / f".{result.name}.partial-{_who()}"
+    staging = out / f".{result.name}.partial-{who()}"
     try:
         staging.mkdir(parents=True)
         _write_files(result, staging, depth_unit, extra_formats, exif)
@@ -131,7 +131,7 @@ def save(
             (staging / "report.html").write_text(report_html, encoding="utf-8")
         (staging / RECORD).write_text(json.dumps(json_ready(result.record), indent=2) + "\n", encoding="utf-8")
         if target.exists():
-            retired = out / f".{result.name}.retired-{_who()}"
+            retired = out / f".{result.name}.retired-{who()}"
             target.rename(retired)
             staging.rename(target)
             shutil.rmtree(retired)

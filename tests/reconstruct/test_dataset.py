@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import threading
 import time
 from dataclasses import fields
@@ -141,10 +142,13 @@ def test_prepared_stacks_are_shared_and_not_prepared_twice(stack_file, tmp_path,
         assert all(
             torch.equal(getattr(stack, n), getattr(loaded, n)) for n in ("frames", "valid", "focus_dpt", "kappa")
         )
+    killed = tmp_path / "kept" / f".t-0.partial-{platform.node()}-{2**22 + 1}"  # no process has such a number
+    killed.mkdir()
     os.utime(other, (1, 1))  # changed since
     monkeypatch.setenv("WORLD_SIZE", "1")
     dataset.prepare_captured([stack_file, other], None, tmp_path / "kept")
     assert prepared == ["t", "s", "t"]
+    assert not killed.exists()
 
 
 def test_captured_stack_without_a_frame(stack_file):

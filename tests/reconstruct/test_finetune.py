@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from dataclasses import replace
+
 import cv2
 import numpy as np
 import pytest
@@ -9,20 +13,27 @@ import torch
 
 from capture.optics import Condition, simulate_sweep, sweep_for_scene
 from capture.scenes import procedural_scene
+from reconstruct import finetune
 from reconstruct.dataset import CapturedStack
 from reconstruct.finetune import Lesson, reliably_lower, withheld_error
 
 
 @pytest.fixture(scope="module")
-def judged(tmp_path_factory):
-    """A noisy sweep whose middle frame is withheld, and its true inverse depth."""
+def captured():
+    """A noisy sweep, and its true inverse depth."""
     scene = procedural_scene(3, 72, 96)
     sweep = simulate_sweep(scene, *sweep_for_scene(scene, 5, 12.0), Condition(noise_std=0.01, bits=8))
     frames = torch.from_numpy(np.ascontiguousarray(sweep.linear().transpose(0, 3, 1, 2)))
     focus, kappa = (torch.tensor(x, dtype=torch.float32) for x in (sweep.focus_dpt, sweep.kappa_px_per_dpt))
     stack = CapturedStack("scene", frames, torch.ones(5, 72, 96, dtype=torch.bool), focus, kappa, True)
-    lesson = Lesson.prepare(stack, None, 0, torch.device("cpu"), tmp_path_factory.mktemp("kept"))
-    return lesson, torch.from_numpy((1 / scene.depth_m).astype(np.float32))
+    return stack, torch.from_numpy((1 / scene.depth_m).astype(np.float32))
+
+
+@pytest.fixture(scope="module")
+def judged(captured, tmp_path_factory):
+    """That sweep, its middle frame withheld."""
+    stack, truth = captured
+    return Lesson.prepare(stack, None, 0, torch.device("cpu"), tmp_path_factory.mktemp("kept")), truth
 
 
 def test_withheld_frame_prefers_the_truth(judged):
@@ -50,3 +61,37 @@ def test_a_gain_must_exceed_the_disagreement_of_the_stacks():
     assert not reliably_lower([3.0], [2.99])
     assert reliably_lower([3.0], [2.9])
     assert not reliably_lower([3.0, 2.0], [3.1, 2.1])
+
+
+def test_processes_share_the_refining(captured, tmp_path, monkeypatch):
+    """Two processes, one after the other: each refines its share and reads the other's; the same as one process."""
+    first, _ = captured
+    stacks = [first, replace(first.without(0), name="shorter")]
+    refined, refine = [], finetune.refine
+
+    def counted(frames, *rest, **more):
+        refined.append(len(frames))
+        return refine(frames, *rest, **more)
+
+    def prepare():
+        return finetune.prepare_lessons(stacks, None, 1, torch.device("cpu"), tmp_path)
+
+    alone = prepare()
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(finetune, "refine", counted)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    second = threading.Thread(target=prepare)
+    second.start()
+    while not refined:
+        time.sleep(0.01)
+    monkeypatch.setenv("RANK", "0")
+    together = prepare()
+    second.join()
+    assert refined == [3, 4]  # one frame of each is withheld
+    for one, two in zip(alone, together, strict=True):
+        assert one.full.name == two.full.name
+        assert one.psf == two.psf
+        assert all(torch.equal(getattr(one.wanted, name), getattr(two.wanted, name)) for name in finetune.MAPS)
+    assert [lesson.wanted.metric for lesson in prepare()] == [True, True]
+    assert refined == [3, 4]  # not again after a restart
