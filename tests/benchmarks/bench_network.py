@@ -38,7 +38,16 @@ from capture.scenes import Scene, motorcycle, srgb_to_linear
 from reconstruct import metrics
 from reconstruct.dataset import CapturedStack
 from reconstruct.estimate import Estimate
-from reconstruct.finetune import FINETUNE, FROM_NOTHING, PAPER, DistilTask, Lesson, PhotometricTask, adapt, train_paper
+from reconstruct.finetune import (
+    FINETUNE,
+    FROM_NOTHING,
+    PAPER,
+    DistilTask,
+    PhotometricTask,
+    adapt,
+    prepare_lessons,
+    train_paper,
+)
 from reconstruct.network import DefaultNet, PaperNet
 from reconstruct.plane_sweep import plane_sweep
 from reconstruct.predict import TrainedNetwork, load_network, predict, wrap
@@ -176,7 +185,7 @@ def from_nothing(stacks: dict[str, FoundationStack], steps: int, seeds: list[int
     with tempfile.TemporaryDirectory() as folder:
         if not set(keys) <= store.answers.keys():
             refining = time.process_time()
-            lessons = [Lesson.prepare(captured(s), None, REFINE_STEPS, CPU, Path(folder)) for s in stacks.values()]
+            lessons = prepare_lessons([captured(s) for s in stacks.values()], None, REFINE_STEPS, CPU, Path(folder))
             print(f"{len(lessons)} stacks refined in {time.process_time() - refining:.0f} CPU s")
 
         def one(seed: int) -> Rows:
