@@ -1,9 +1,9 @@
 """Throughput, memory and time per stage of `daif reconstruct`, from files on disk to finished folders.
 
 Every case runs as its own process, each worker on one thread. CPU seconds are what the kernel counted for it and its
-workers, start-up with it; peak memory is the largest sum over them, sampled; stacks an hour go by the clock on the wall,
-true only where nothing else runs. Frames are a simulated sweep, enlarged to the size of the case, with the blur of a 50 mm f/2.8 lens
-on a full-frame sensor.
+workers, start-up with it; peak memory is the largest sum over them, sampled where they are several; stacks an hour go
+by the clock on the wall, true only where nothing else runs. Frames are a simulated sweep, enlarged to the size of the
+case, with the blur of a 50 mm f/2.8 lens on a full-frame sensor.
 """
 
 from __future__ import annotations
