@@ -34,7 +34,7 @@ from capture.lens import LensProfile
 from capture.optics import ApertureRenderer, Psf, Quality
 from capture.scenes import Scene, srgb_to_linear
 from capture.stack import FocalStack
-from reconstruct import result
+from reconstruct import remote, result
 from reconstruct.device import own_share
 from reconstruct.network import Prior
 from reconstruct.optics import optics_of
@@ -468,30 +468,27 @@ def kept_prior(prior: Prior, folder: Path) -> Prior:
     return Prior._make([*volumes, *(x.cpu() for x in prior[2:])])
 
 
-def prepare_captured(paths: Sequence[Path], profile: LensProfile | None, folder: Path) -> list[CapturedStack]:
-    """`load_captured` of every path, done once and kept in `folder`; the frames are mapped from there, not held.
+def prepare_captured(locations: Sequence[str | Path], profile: LensProfile | None, folder: Path) -> list[CapturedStack]:
+    """`load_captured` of every path or URL, done once and kept in `folder`; the frames are mapped from there, not held.
 
     Under torchrun every process prepares its share and waits for the others': `folder` must be on a disk they share.
     """
     result.remove_leftovers(folder)
     rank, world = own_share()
-    targets = [folder / f"{path.stem}-{_fingerprint(path, profile)}" for path in paths]
-    for path, target in list(zip(paths, targets, strict=True))[rank::world]:
+    targets = [folder / f"{Path(location).stem}-{_fingerprint(str(location), profile)}" for location in locations]
+    for location, target in list(zip(locations, targets, strict=True))[rank::world]:
         if not target.exists():
-            _keep(load_captured(path, profile), target)
+            with tempfile.TemporaryDirectory(prefix="daif-") as scratch:
+                _keep(load_captured(remote.fetch(str(location), Path(scratch)), profile), target)
     while not all(target.exists() for target in targets):
         time.sleep(0.2)
     return [_mapped(target) for target in targets]
 
 
-def _fingerprint(path: Path, profile: LensProfile | None) -> str:
+def _fingerprint(location: str, profile: LensProfile | None) -> str:
     """What the prepared stack depends on, in a few letters."""
-    try:
-        stat = path.stat()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     lens = "" if profile is None else profile.model_dump_json()
-    return hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {lens}".encode()).hexdigest()[:12]
+    return hashlib.sha256(f"{remote.state(location)} {lens}".encode()).hexdigest()[:12]
 
 
 def _keep(stack: CapturedStack, target: Path) -> None:

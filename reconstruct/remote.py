@@ -69,6 +69,19 @@ def listing(url: str) -> dict[str, dict[str, int]]:
     }
 
 
+def state(location: str) -> str:
+    """What tells the file at `location` from another that is or was there: its size, its time, and more for a URL."""
+    if is_url(location):
+        with _reaching(location) as (files, path):
+            return f"{location} {files.info(path)}"
+    file = Path(location)
+    try:
+        stat = file.stat()
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror})") from None
+    return f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+
+
 def fetch(location: str, scratch: Path) -> Path:
     """`location`, a file or a folder of photographs, as a local path; a URL is copied into `scratch`."""
     if not is_url(location):

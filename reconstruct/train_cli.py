@@ -20,7 +20,7 @@ def register(app: typer.Typer) -> None:
 
 def train_command(
     out: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run: states, curves, weights.")],
-    stacks: Annotated[list[Path] | None, typer.Argument(help="Captured stacks (.h5) or folders of them.")] = None,
+    stacks: Annotated[list[str] | None, typer.Argument(help="Captured stacks (.h5), folders of them, or URLs.")] = None,
     recipe: Annotated[str | None, typer.Option(help="Train on simulated stacks instead: default.")] = None,
     preset: Annotated[str, typer.Option(help="default, or paper for the published network and training.")] = "default",
     init: Annotated[str, typer.Option(help="Start from: default, none, or a weights file.")] = "default",
@@ -79,7 +79,7 @@ def _settings(config: Path | None, recipe: str | None, preset: str, init: str, s
     return settings if steps is None else settings.model_copy(update={"steps": steps})
 
 
-def _print_plan(settings: TrainConfig, stacks: list[Path] | None, recipe: str | None, device: str) -> None:
+def _print_plan(settings: TrainConfig, stacks: list[str] | None, recipe: str | None, device: str) -> None:
     from reconstruct.network import build
     from reconstruct.train import step_memory_bytes
 
@@ -92,18 +92,25 @@ def _print_plan(settings: TrainConfig, stacks: list[Path] | None, recipe: str | 
     print(f"device     {device}")
 
 
-def _files(stacks: list[Path]) -> list[Path]:
-    found: list[Path] = []
-    for path in stacks:
-        inside = sorted(path.glob("*.h5")) if path.is_dir() else [path]
+def _files(locations: list[str]) -> list[str]:
+    from reconstruct import remote
+
+    found: list[str] = []
+    for location in locations:
+        if remote.is_url(location):
+            below = remote.listing(location).items()
+            inside = [f"{folder}/{name}" for folder, names in below for name in names if name.endswith(".h5")]
+        else:
+            path = Path(location)
+            inside = sorted(map(str, path.glob("*.h5"))) if path.is_dir() else [location]
         if not inside:
-            raise UsageError(f"{path}: no stack (*.h5) in this folder; `daif import` makes one of photographs")
+            raise UsageError(f"{location}: no stack (*.h5) in this folder; `daif import` makes one of photographs")
         found += inside
     return found
 
 
 def _train_on_stacks(
-    paths: list[Path],
+    locations: list[str],
     out: Path,
     settings: TrainConfig,
     init: str,
@@ -120,7 +127,7 @@ def _train_on_stacks(
 
     target = pick_device(device)
     profile = None if lens is None else LensProfile.read(lens)
-    captured = prepare_captured(_files(paths), profile, out / "stacks")
+    captured = prepare_captured(_files(locations), profile, out / "stacks")
     for stack in captured:
         if not stack.metric:
             print(f"{stack.name}: focus distances unknown; trained on in relative mode (ordered depth, no metres)")

@@ -8,6 +8,7 @@ import threading
 import time
 from dataclasses import fields
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -149,6 +150,16 @@ def test_prepared_stacks_are_shared_and_not_prepared_twice(stack_file, tmp_path,
     dataset.prepare_captured([stack_file, other], None, tmp_path / "kept")
     assert prepared == ["t", "s", "t"]
     assert not killed.exists()
+
+
+def test_stacks_by_url_are_prepared_like_files(stack_file, tmp_path):
+    fsspec.filesystem("memory").pipe("/training/s.h5", stack_file.read_bytes())
+    (here,), (there,) = (
+        dataset.prepare_captured([location], None, tmp_path / "kept")
+        for location in (stack_file, "memory://training/s.h5")
+    )
+    assert here.name == there.name
+    assert torch.equal(here.frames, there.frames)
 
 
 def test_captured_stack_without_a_frame(stack_file):
