@@ -323,7 +323,7 @@ def _observe_and_fit(
     floor_sigma_px: float,
 ) -> tuple[Observations, list[Pose], Fit]:
     seen, poses = observe(stacks, found, blurs, curve, intrinsics)
-    return seen, poses, fit_blur(seen, floor_sigma_px)
+    return seen, poses, fit_blur(seen, floor_sigma_px, [stack.sweep.name for stack in stacks])
 
 
 def _ramp(sweep: Sweep, pose: Pose, fit: Fit) -> Ramp:

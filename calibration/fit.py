@@ -12,7 +12,7 @@ frame share the motor's error. Its spread tau is estimated, and is the motor's r
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -111,7 +111,7 @@ class Fit:
         return self.pupil_m * seen.focal_px * (self.law(seen.position) - seen.inverse_depth_dpt)
 
 
-def fit_blur(seen: Observations, floor_sigma_px: float = 0.0) -> Fit:
+def fit_blur(seen: Observations, floor_sigma_px: float = 0.0, names: Sequence[str] = ()) -> Fit:
     """Two-stage robust fit of `seen`; `CalibrationError` names what makes it impossible.
 
     Stage 1 takes every patch; stage 2, started from it, only those whose predicted blur exceeds 5 px (or a third
@@ -119,6 +119,7 @@ def fit_blur(seen: Observations, floor_sigma_px: float = 0.0) -> Fit:
 
     Args:
         floor_sigma_px: Gaussian floor that the templates already had; what it hides counts in the uncertainties.
+        names: of the sweeps, for what is said about one of them.
     """
     _check_bracketed(seen)
     start = _linear_start(seen)
@@ -139,7 +140,7 @@ def fit_blur(seen: Observations, floor_sigma_px: float = 0.0) -> Fit:
             f"{second.pupil_m * 1e3:.2f} mm); the images are probably sharpened or not linear: capture RAW, or switch "
             "sharpening off",
         )
-    _check_result(second, seen)
+    _check_result(second, seen, names or [f"sweep {k}" for k in range(int(seen.sweep.max()) + 1)])
     return second
 
 
@@ -560,7 +561,7 @@ def _tells_gain(fit: Fit, seen: Observations) -> bool:
     return deep and not fit.pupil_std_m > MAX_PUPIL_RATIO * fit.pupil_m
 
 
-def _check_result(fit: Fit, seen: Observations) -> None:
+def _check_result(fit: Fit, seen: Observations, names: Sequence[str]) -> None:
     """Refuse a fit that says nothing, in the words of notes/calibration.md 5.4."""
     span = abs(float(np.ptp(fit.law(np.linspace(fit.law.low, fit.law.high, 200)))))
     depths = float(np.ptp(seen.inverse_depth_dpt))
@@ -592,7 +593,7 @@ def _check_result(fit: Fit, seen: Observations) -> None:
         raise CalibrationError(
             "REPEATABILITY",
             f"the same focus position meant different focus in different frames ({fit.tau_dpt:.3f} dpt, steps are "
-            f"{step:.3f} dpt apart; worst is sweep {worst[0]}, frame {worst[1]}, off by "
+            f"{step:.3f} dpt apart; worst is {names[worst[0]]}, frame {worst[1]}, off by "
             f"{fit.frame_error_dpt[worst]:+.3f} dpt), so steps were lost; home the motor and approach "
             "every position from the same side",
         )

@@ -160,3 +160,11 @@ def test_what_cannot_be_fitted_is_refused_with_what_to_do(code, make):
         fit_blur(make())
     assert caught.value.code == code
     assert caught.value.exit_code == 6
+
+
+def test_the_sweep_that_lost_steps_is_named():
+    seen = lost_steps(Truth(), Truth().observe(THREE, STEPS, 0))
+    with pytest.raises(
+        CalibrationError, match=r"worst is (near|middle|far)\.h5, frame \d+, off by .* so steps were lost"
+    ):
+        fit_blur(seen, names=["near.h5", "middle.h5", "far.h5"])
