@@ -3,9 +3,9 @@
     python -m tests.benchmarks forward_model
 
 Stacks are aperture-sampled (`capture/optics.py`), which no renderer here shares. Every candidate depth gets the sharp
-image that suits it best: STEPS of Adam from the plane sweep's image, depth fixed (`notes/forward-model.md`
-section 1). Judged is the window of each scene with most depth edges, where the models differ; a margin as wide as the
-widest blur does not count, since light from outside the window reaches it.
+image that suits it best: STEPS of `refine`'s own image descent from the plane sweep's image, depth fixed
+(`notes/forward-model.md` section 1). Judged is the window of each scene with most depth edges, where the models differ;
+a margin as wide as the widest blur does not count, since light from outside the window reaches it.
 Self-supervision is worth as much as this table says. Results go to bench-results/forward_model.json.
 """
 
@@ -27,13 +27,12 @@ from capture.optics import Condition
 from reconstruct.estimate import Estimate
 from reconstruct.plane_sweep import plane_sweep
 from reconstruct.predict import load_network, predict
-from reconstruct.render import Model, PsfShape, render_stack
+from reconstruct.refine import Misfit, root_of
+from reconstruct.render import Model, PsfShape
 from tests.benchmarks import foundation_stacks
 from tests.benchmarks.foundation_stacks import DSLR_MAX_COC_PX, foundation_stack, half_size_scene, scene_names
 
-STEPS = 15
-STEP_SIZE = 0.006
-CHARBONNIER = 0.02
+STEPS = 12
 SMOOTHING_PX = 2.0
 WINDOW_PX = (136, 176)
 MARGIN_PX = math.ceil(DSLR_MAX_COC_PX / 2)
@@ -52,20 +51,10 @@ def best_loss(
     frames: Tensor, start: Tensor, depth: Tensor, focus: Tensor, kappa: Tensor, model: Model, psf: PsfShape
 ) -> float:
     """Charbonnier loss of the stack at this depth with the sharp image fitted to it, away from the border."""
-    aif = start.clone().requires_grad_()
-    optimizer = torch.optim.Adam([aif], lr=STEP_SIZE)
-    inner = (..., slice(MARGIN_PX, -MARGIN_PX), slice(MARGIN_PX, -MARGIN_PX))
-    least = float("inf")
-    for step in range(STEPS + 1):
-        rendered = render_stack(aif[None], depth[None, None], focus[None], kappa[None], model=model, psf=psf)[0]
-        difference = (rendered - frames)[inner]
-        loss = (difference.square() + CHARBONNIER**2).sqrt().mean() - CHARBONNIER
-        least = min(least, float(loss.detach()))
-        if step < STEPS:
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    return least
+    misfit = Misfit(frames, focus, kappa, model=model, psf=psf)
+    root = misfit.fitted(root_of(start), depth, STEPS)
+    with torch.no_grad():
+        return float(misfit(root, depth)[..., MARGIN_PX:-MARGIN_PX, MARGIN_PX:-MARGIN_PX].mean())
 
 
 def busiest_window(inverse_depth: np.ndarray) -> tuple[slice, slice]:

@@ -1,6 +1,7 @@
 """What `refine` gains on the 15 RGB-D scenes, from the plane sweep's answer and from the network's.
 
     python -m tests.benchmarks refine        (three conditions, two starts, 15 scenes: an hour of one core)
+    python -m tests.benchmarks.bench_refine --conditions noisy --starts network --window 160 208    (three minutes)
 
 Errors are in px of blur std (CoC / 4); the change is that of the mean error, the median error and the root mean square.
 TUNED_ON were used to choose the settings, so their mean stands apart. Everything goes to bench-results/refine.json.
@@ -11,12 +12,14 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from capture.scenes import Scene
 from reconstruct.estimate import Estimate
 from reconstruct.plane_sweep import plane_sweep
 from reconstruct.predict import load_network, predict
@@ -38,6 +41,16 @@ def started(start: str, stack: FoundationStack) -> Estimate:
     return predict(load_network("default", torch.device("cpu")), *tensors(stack), valid)
 
 
+def middle(stack: FoundationStack, height: int, width: int) -> FoundationStack:
+    """The window of this size in the middle of every frame."""
+    scene = stack.scene
+    top, left = (scene.height - height) // 2, (scene.width - width) // 2
+    window = slice(top, top + height), slice(left, left + width)
+    whole = (slice(None), *window)
+    part = Scene(scene.aif[window], scene.depth_m[window], scene.name)
+    return replace(stack, frames=stack.frames[whole], valid=stack.valid[whole], scene=part)
+
+
 def errors(estimate: Estimate, stack: FoundationStack) -> NDArray[np.float64]:
     """Mean, median and root mean square error in px of blur, and the share of pixels within one std."""
     true = stack.scene.depth_m
@@ -54,6 +67,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--conditions", nargs="+", default=CONDITIONS)
     parser.add_argument("--starts", nargs="+", default=STARTS, choices=STARTS)
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--window", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="only the middle of a scene")
     parser.add_argument("--output", type=Path, default=ROOT / "bench-results" / "refine.json")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -67,6 +81,8 @@ def main(argv: list[str]) -> None:
             rows = {}
             for name in names:
                 stack = foundation_stack(half_size_scene(name), "dslr", condition)
+                if options.window:
+                    stack = middle(stack, *options.window)
                 first = started(start, stack)
                 begun = time.process_time()
                 refined = refine(*tensors(stack), first, steps=options.steps, valid=torch.tensor(stack.valid))
