@@ -113,7 +113,7 @@ def started_by_hand(folder, workers=2, path=""):
         started.append(subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment, cwd=folder))
 
     def start_worker(path=""):
-        start("worker", "--nthreads", "1", "--local-directory", str(folder), "--death-timeout", "9", path=path)
+        start("worker", "--nthreads", "1", "--local-directory", str(folder), "--death-timeout", "60", path=path)
 
     try:
         start("scheduler", "--port", "0", path=path)
@@ -142,7 +142,7 @@ def test_a_cluster_started_by_hand_and_its_scheduler_killed(tmp_path):
                 scheduler.kill()
 
     with started_by_hand(tmp_path) as (address, scheduler, _), cluster.connect(0, address) as client:
-        client.wait_for_workers(2, timeout=60)
+        client.wait_for_workers(2, timeout=120)
         with pytest.raises(SomeFailedError, match=r"scheduler has gone away and \d+ stacks are left") as raised:
             run(client, scheduler)
     assert raised.value.exit_code == 3
@@ -172,9 +172,9 @@ def test_a_scheduler_of_another_version_is_one_sentence(tmp_path, another_daif):
 def test_a_worker_that_joins_with_another_version_is_not_used(tmp_path, another_daif, caplog):
     paths = [tmp_path / f"stack{i:02}" for i in range(12)]
     with started_by_hand(tmp_path, workers=1) as (address, _, start_worker), cluster.connect(0, address) as client:
-        client.wait_for_workers(1, timeout=60)
+        client.wait_for_workers(1, timeout=120)
         start_worker(another_daif)
-        client.wait_for_workers(2, timeout=60)
+        client.wait_for_workers(2, timeout=120)
         ends = list(cluster.run_on(client, [str(path) for path in paths], work))
     assert all(end.record for end in ends)
     assert len({path.read_text() for path in paths}) == 1
