@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from capture.errors import DataError, UsageError
 from reconstruct.checkpoint import latest_state, load_state, save_state, save_weights
-from reconstruct.dataset import ScenePool, SimulatedBatches, StackBatch
+from reconstruct.dataset import PHOTOGRAPHS, ScenePool, SimulatedBatches, StackBatch
 from reconstruct.device import own_share
 from reconstruct.memory import ran_out
 from reconstruct.network import DefaultNet, NetworkOutput, PaperNet, build, place_hypotheses
@@ -412,6 +412,7 @@ def pretrain(config: TrainConfig, run: Path, pool: Path, *, device: torch.device
     about = {
         "preset": config.preset,
         "teacher": task.teacher,
+        "data": f"procedural scenes; textures: drawn patterns and scikit-image's {', '.join(PHOTOGRAPHS)}",
         "config": config.model_dump(),
         "validation": task.validate(net),
         "calibration": calibrate_spread(net, task.held_out) if config.preset == "default" else {},
