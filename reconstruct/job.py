@@ -149,7 +149,7 @@ def _thumbnails(stack: FocalStack, overview: Overview) -> list[tuple[np.ndarray,
         small = cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
         distance = stack.focus_distance_m[i]
         where = "unknown focus distance" if np.isnan(distance) else f"focused at {report.format_length(distance)}"
-        pictures.append((to_srgb8(small), f"frame {i}: {where}"))
+        pictures.append((to_srgb8(small), f"frame {i + 1}: {where}"))
     return pictures
 
 
