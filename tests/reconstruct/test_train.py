@@ -182,7 +182,7 @@ def test_run_is_not_overwritten(tmp_path):
 
 def test_resume_with_another_config_is_refused(tmp_path):
     fit(new_net(), ToyTask(), TINY, tmp_path, device=CPU)
-    with pytest.raises(DataError, match=r"trained with learning_rate = 0\.0006, now 0\.1"):
+    with pytest.raises(DataError, match=r"trained with learning_rate = 0\.001, now 0\.1"):
         fit(new_net(), ToyTask(), TINY.model_copy(update={"learning_rate": 0.1}), tmp_path, device=CPU, resume=True)
 
 
