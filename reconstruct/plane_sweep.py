@@ -24,6 +24,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from reconstruct.estimate import Estimate
@@ -546,27 +547,9 @@ def _stack_cost(
     cost = torch.empty((len(tested), *luma.shape[1:]), device=luma.device)
     heard = torch.empty(cost.shape if mask is not None else 0, dtype=torch.bool, device=luma.device)
     for n in range(len(tested)):
-        order = coc_px[:, n].argsort(kind="stable")
-        energy, pairs = torch.zeros_like(luma[0]), torch.zeros_like(luma[0])
-        waiting = torch.ones_like(luma[0])  # for a reference: the sharpest frame, or the next where that has no data
-        for rank, reference in enumerate(order[:-1]):
-            here = waiting if mask is None else waiting * mask[reference]
-            if rank and not bool(here.any()):
-                continue
-            for k in order[rank + 1 :]:
-                relative_px = math.sqrt(max(coc_px[k, n] ** 2 - coc_px[reference, n] ** 2, 0.0))
-                difference = levels.blurred(reference, relative_px) - levels.level(k, 0)
-                if mask is None:
-                    energy.addcmul_(difference, difference)
-                else:
-                    both = mask[k] * here
-                    energy.addcmul_(difference * both, difference)
-                    pairs += both
-            waiting = waiting - here
-            if mask is None or not bool(waiting.any()):
-                break
+        energy, pairs = _compared(levels, coc_px[:, n], mask)
         if mask is None:
-            cost[n] = torch.log1p(box_mean(energy, window_px) / ((len(order) - 1) * noise))
+            cost[n] = torch.log1p(box_mean(energy, window_px) / ((len(focus) - 1) * noise))
             continue
         seen = box_mean(pairs, window_px)
         heard[n] = seen > LEAST_SEEN
@@ -576,6 +559,39 @@ def _stack_cost(
         for known, plane in zip(heard, cost, strict=True):
             plane.copy_(torch.where(known, plane, typical))
     return cost
+
+
+def _compared(levels: BlurLevels, coc_px: NDArray[np.float64], mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Squared differences of the frames from their reference, summed, and how many there were; (H, W) each.
+
+    `coc_px` (S,) is their blur. The reference is the sharpest frame, or the next where that has no data. Without a
+    `mask` (S, H, W) all frames have data, and the pairs are not counted: an empty tensor.
+    """
+    order = coc_px.argsort(kind="stable")
+    energy = torch.zeros_like(levels.luma[0])
+
+    def difference(k: int, reference: int) -> Tensor:
+        relative_px = math.sqrt(max(coc_px[k] ** 2 - coc_px[reference] ** 2, 0.0))
+        return levels.blurred(reference, relative_px) - levels.level(k, 0)
+
+    if mask is None:
+        for k in order[1:]:
+            left = difference(k, order[0])
+            energy.addcmul_(left, left)
+        return energy, torch.empty(0)
+    pairs, waiting = torch.zeros_like(energy), torch.ones_like(energy)
+    for rank, reference in enumerate(order[:-1]):
+        here = waiting * mask[reference]
+        if rank and not bool(here.any()):
+            continue
+        for k in order[rank + 1 :]:
+            left, both = difference(k, reference), mask[k] * here
+            energy.addcmul_(left * both, left)
+            pairs += both
+        waiting -= here
+        if not bool(waiting.any()):
+            break
+    return energy, pairs
 
 
 GAIN_SEARCH_PX = 160  # longer side of the reduced frames that the gain is sought on
