@@ -115,7 +115,13 @@ def test_a_camera_that_is_not_there_is_said_and_tried_again(browser, tmp_path, a
 def test_a_lens_turned_by_hand_is_asked_for_frame_by_frame(browser, tmp_path, artefacts):
     """Live view stays in sight beside the question, the space bar answers it; a low battery is said."""
     ring = tmp_path / "ring"
-    ring.write_text("1.5")
+
+    def turn(metres):  # at once: the live view reads the ring at any moment
+        turned = ring.with_suffix(".new")
+        turned.write_text(metres)
+        turned.replace(ring)
+
+    turn("1.5")
     program = (str(ROOT / "tests" / "reconstruct" / "hand_turned.py"),)
     environment = {"PYTHONPATH": str(ROOT), "DAIF_RING": str(ring)}
     with (
@@ -137,7 +143,7 @@ def test_a_lens_turned_by_hand_is_asked_for_frame_by_frame(browser, tmp_path, ar
         for number in (1, 2, 3):
             shown.wait(f"state.question && state.question.startsWith('frame {number} of 3')")
             distance = page.inner_text("#question").split()[-2]
-            ring.write_text(distance)
+            turn(distance)
             if number == 2:
                 assert page.is_visible("#view") and not page.is_visible("#cover")
                 shown.shot("session-by-hand", ["laptop", "upright"])
