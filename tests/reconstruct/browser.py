@@ -71,7 +71,7 @@ class Screen:
 
     def asked_only(self, *own: str) -> None:
         """No error in the browser's log, and no request but to addresses that begin with one of `own`."""
-        assert self.errors == []
+        assert not self.errors, self.errors
         assert self.requests and [url for url in self.requests if not url.startswith((*own, "data:", "blob:"))] == []
 
 
