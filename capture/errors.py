@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
+
+def without_password(text: str) -> str:
+    """`text`, a URL or anything that URLs stand in, as it may be shown and stored: user names without passwords."""
+    return re.sub(r"""(://[^\s/:@"']*):[^\s/"']*@""", r"\1@", text)
+
 
 class DaifError(Exception):
     """Something the user can act on; its text is the one sentence that they see.
@@ -10,6 +17,9 @@ class DaifError(Exception):
     """
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return without_password(super().__str__())
 
 
 class UsageError(DaifError):

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from capture import sweep
 from capture.decode import is_image_name
-from capture.errors import DaifError, DataError, NoSpaceError, SomeFailedError, UsageError
+from capture.errors import DaifError, DataError, NoSpaceError, SomeFailedError, UsageError, without_password
 from capture.importer import STACK_FILE
 from reconstruct import cluster, memory, remote, result
 from reconstruct.infer import Report
@@ -95,8 +95,18 @@ def _size(path: Path) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def run(stacks: Sequence[str], job: Job, *, workers: int = 1, address: str | None = None) -> list[Outcome]:
+def run(
+    stacks: Sequence[str],
+    job: Job,
+    *,
+    workers: int = 1,
+    address: str | None = None,
+    ended: list[Outcome] | None = None,
+) -> list[Outcome]:
     """Reconstruct `stacks`, here or on Dask workers; prints a line for each and writes `batch.json` into the output.
+
+    Args:
+        ended: what became of other stacks before; `batch.json` lists it too, and what ends here is added to it.
 
     Raises SomeFailedError at the end if any failed; with a single stack its own error instead.
     """
@@ -105,7 +115,8 @@ def run(stacks: Sequence[str], job: Job, *, workers: int = 1, address: str | Non
     outcomes = [Outcome(stack, "skipped", folder=_folder(job, stack)) for stack in stacks if stack not in todo]
     for outcome in outcomes:
         print(f"{outcome.folder}: complete already, skipped (--force does it again)")
-    _write_summary(job, outcomes)  # if it cannot be written, better now than after hours of work
+    ended = [] if ended is None else ended
+    _write_summary(job, ended + outcomes)  # if it cannot be written, better now than after hours of work
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
@@ -127,7 +138,8 @@ def run(stacks: Sequence[str], job: Job, *, workers: int = 1, address: str | Non
                         f"{outcome.folder}: {outcome.seconds:.1f} s; look at {outcome.folder}/report.html", flush=True
                     )
         finally:
-            _write_summary(job, outcomes)
+            ended += outcomes
+            _write_summary(job, ended)
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
     if len(stacks) > 1:
         _print_table(outcomes)
@@ -140,10 +152,11 @@ def run(stacks: Sequence[str], job: Job, *, workers: int = 1, address: str | Non
 def watch(locations: Sequence[str], job: Job, **where: Any) -> None:
     """Reconstruct every stack that appears in `locations`, until interrupted; a failed one is tried once."""
     tried: set[str] = set()
+    ended: list[Outcome] = []
     seen: dict[str, tuple[int, float]] = {}  # stack: its size, and since when it has had it
     said = ""
     sizes = _sizes(locations)
-    print(f"watching {', '.join(locations)}   (Ctrl-C ends it)", flush=True)
+    print(f"watching {without_password(', '.join(locations))}   (Ctrl-C ends it)", flush=True)
     while True:
         now = time.monotonic()
         seen |= {stack: (size, now) for stack, size in sizes.items() if seen.get(stack, (-1, now))[0] != size}
@@ -152,7 +165,7 @@ def watch(locations: Sequence[str], job: Job, **where: Any) -> None:
             fresh = [stack for stack in settled if not remote.is_complete(job.out, stack_name(stack))]
             tried.update(settled)
             if fresh:
-                run(fresh, job, **where)
+                run(fresh, job, ended=ended, **where)
             time.sleep(POLL_S)
             sizes = _sizes(locations)
         except (DaifError, OSError) as error:  # also a bucket that is out of reach for a while
@@ -182,7 +195,7 @@ def follow(location: str, job: Job) -> None:
 
 
 def _folder(job: Job, stack: str) -> str:
-    return f"{job.out.rstrip('/')}/{stack_name(stack)}"
+    return without_password(f"{job.out.rstrip('/')}/{stack_name(stack)}")
 
 
 def _here(stacks: Sequence[str], job: Job, bars: Progress) -> Iterator[Outcome]:
@@ -296,7 +309,8 @@ def _write_summary(job: Job, outcomes: Sequence[Outcome]) -> None:
     """`batch.json` in the output folder: one entry a stack."""
     with remote.output_folder(job.out) as out:
         partial = out / f".batch.json.{os.getpid()}"
-        partial.write_text(json.dumps([asdict(o) for o in outcomes], indent=2) + "\n", encoding="utf-8")
+        entries = json.dumps([asdict(o) for o in outcomes], indent=2)
+        partial.write_text(without_password(entries) + "\n", encoding="utf-8")
         partial.replace(out / "batch.json")
 
 

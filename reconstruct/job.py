@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 
 from capture.decode import to_srgb8
-from capture.errors import DaifError
+from capture.errors import DaifError, without_password
 from capture.importer import import_folder
 from capture.lens import LensProfile
 from capture.stack import FocalStack, file_sha256
@@ -90,7 +90,11 @@ def solve(
             answer = reconstruct(stack, job.settings, profile, progress, overview=overview)
             inner = Clock()
             answer.name = stack_name(location)
-            answer.record["input"] = {"file": location, "sha256": source_sha256, "frames": stack.n_frames}
+            answer.record["input"] = {
+                "file": without_password(location),
+                "sha256": source_sha256,
+                "frames": stack.n_frames,
+            }
             lens_sha256 = file_sha256(job.lens) if job.lens else None
             answer.record["lens_profile"] = {"file": str(job.lens), "sha256": lens_sha256} if job.lens else None
             answer.record["versions"] = {
@@ -136,7 +140,7 @@ def write(solved: Solved, job: Job) -> dict[str, Any]:
     clock.lap("write")
     for name in ("seconds", "cpu_seconds"):
         answer.record[name] |= getattr(clock, name)
-    return {"folder": f"{job.out.rstrip('/')}/{folder.name}", **answer.record}
+    return {"folder": without_password(f"{job.out.rstrip('/')}/{folder.name}"), **answer.record}
 
 
 def _thumbnails(stack: FocalStack, overview: Overview) -> list[tuple[np.ndarray, str]]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from capture.errors import DaifError, DataError, NoSpaceError, UsageError
+from capture.errors import DaifError, DataError, NoSpaceError, UsageError, without_password
 from reconstruct import result
 
 
@@ -116,7 +116,7 @@ def read_record(out: str, name: str) -> dict[str, Any]:
             text = files.cat_file(f"{path}/{result.RECORD}").decode()
     else:
         text = (Path(folder) / result.RECORD).read_text(encoding="utf-8")
-    return {"folder": folder, **json.loads(text)}
+    return {"folder": without_password(folder), **json.loads(text)}
 
 
 def prepare_output(out: str) -> None:

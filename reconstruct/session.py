@@ -256,11 +256,12 @@ class Session:
         if isinstance(job, LookJob) and job.purpose == "take" and self.folder.has_result(job.number):
             pass  # overtaken by the full reconstruction
         elif news.what == "look" and isinstance(job, LookJob):
-            self.looks[job.purpose, job.number] = look = news.content
-            self.look_version += 1
-            if job.purpose == "take":
+            look = news.content
+            if job.purpose == "take":  # facts first: a page may be told of the look as soon as it is there
                 names = ("near_m", "far_m", "std_m", "confident", "n_frames", "seconds")
                 self.folder.update(job.number, facts={name: getattr(look, name) for name in names})
+            self.looks[job.purpose, job.number] = look
+            self.look_version += 1
             take = self.folder.take(job.number)
             if job.purpose == "take" and take is not None and look.n_frames == take.planned:
                 self.folder.log(

@@ -12,13 +12,14 @@ import fsspec
 import numpy as np
 import pytest
 
-from capture.errors import SomeFailedError, UsageError
+from capture.errors import SomeFailedError, UsageError, without_password
 from reconstruct import batch, remote
 from reconstruct.infer import Settings
 from reconstruct.job import Job, stack_name
 from tests.reconstruct.small_stack import write_small_stack
 
 SETTINGS = Settings(method="plane-sweep", device="cpu", align=False)
+PASSWORD = "hush"
 LIMIT_S = 300  # a server that nobody stopped stops by itself
 
 
@@ -45,10 +46,10 @@ def serving(*command):
 
 @pytest.fixture(scope="module")
 def ftp(tmp_path_factory):
-    """URL of a folder on an FTP server, whose driver comes with fsspec."""
+    """URL, with a password, of a folder on an FTP server, whose driver comes with fsspec."""
     folder = tmp_path_factory.mktemp("ftp")
     with serving("pyftpdlib", "-i", "127.0.0.1", "-p", "0", "-w", "-d", str(folder)) as port:
-        yield f"ftp://127.0.0.1:{port}"
+        yield f"ftp://anonymous:{PASSWORD}@127.0.0.1:{port}"
 
 
 @pytest.fixture(scope="module")
@@ -93,12 +94,15 @@ def test_from_a_bucket_to_a_bucket(bucket, tmp_path, capsys):
     job = Job(f"{bucket}/in/out", SETTINGS)  # results below the stacks are not taken for stacks
     with pytest.raises(SomeFailedError, match="1 of 3 stacks failed: damaged"):
         batch.run(stacks, job)
-    assert f"daif: {bucket}/in/evening/damaged.h5: HDF5" in capsys.readouterr().err
+    shown = without_password(bucket)
+    said = "".join(capsys.readouterr())
+    assert f"daif: {shown}/in/evening/damaged.h5: HDF5" in said and PASSWORD not in said
     files, out = fsspec.core.url_to_fs(job.out)
     written = {name.removeprefix(f"{out}/good/") for name in files.find(f"{out}/good")}
     assert {"depth.npy", "depth.png", "report.html", "reconstruction.json"} <= written
     assert batch.find_stacks([f"{bucket}/in"]) == stacks
-    assert remote.read_record(job.out, "good")["input"]["file"] == f"{bucket}/in/good.h5"
+    assert remote.read_record(job.out, "good")["input"]["file"] == f"{shown}/in/good.h5"
+    assert not any(PASSWORD.encode() in text for text in files.cat(files.find(out)).values())
     entries = json.loads(files.cat_file(f"{out}/batch.json"))
     assert [entry["status"] for entry in entries] == ["done", "failed", "done"]
     again = [stack for stack in stacks if "damaged" not in stack]
@@ -112,8 +116,8 @@ def test_watches_a_bucket(bucket, tmp_path, monkeypatch, capsys):
     second = write_small_stack(tmp_path / "second.h5", seed=1).read_bytes()
     run = batch.run
 
-    def two(stacks, job):
-        outcomes = run(stacks, job)
+    def two(stacks, job, ended):
+        outcomes = run(stacks, job, ended=ended)
         if stack_name(stacks[0]) == "second":
             raise KeyboardInterrupt
         put(f"{bucket}/hot/second.h5", second)
@@ -123,6 +127,8 @@ def test_watches_a_bucket(bucket, tmp_path, monkeypatch, capsys):
     with pytest.raises(KeyboardInterrupt):
         batch.watch([f"{bucket}/hot"], Job(f"{bucket}/results", SETTINGS))
     assert [remote.is_complete(f"{bucket}/results", name) for name in ("first", "second")] == [True, True]
+    entries = json.loads(fsspec.open(f"{bucket}/results/batch.json").open().read())
+    assert [entry["stack"].rpartition("/")[2] for entry in entries] == ["first.h5", "second.h5"]
 
 
 def test_a_bucket_out_of_reach_is_one_sentence(bucket):
