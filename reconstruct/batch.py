@@ -112,7 +112,11 @@ def run(
     """
     remote.prepare_output(job.out)
     todo = [stack for stack in stacks if job.force or not remote.is_complete(job.out, stack_name(stack))]
-    outcomes = [Outcome(stack, "skipped", folder=_folder(job, stack)) for stack in stacks if stack not in todo]
+    outcomes = [
+        Outcome(stack, "skipped", folder=remote.shown_folder(job.out, stack_name(stack)))
+        for stack in stacks
+        if stack not in todo
+    ]
     for outcome in outcomes:
         print(f"{outcome.folder}: complete already, skipped (--force does it again)")
     ended = [] if ended is None else ended
@@ -192,10 +196,6 @@ def follow(location: str, job: Job) -> None:
         )
     if done == 0:
         raise DataError(f"{location}: no two frames were captured; start `daif capture` first, or give the right path")
-
-
-def _folder(job: Job, stack: str) -> str:
-    return without_password(f"{job.out.rstrip('/')}/{stack_name(stack)}")
 
 
 def _here(stacks: Sequence[str], job: Job, bars: Progress) -> Iterator[Outcome]:

@@ -140,7 +140,7 @@ def write(solved: Solved, job: Job) -> dict[str, Any]:
     clock.lap("write")
     for name in ("seconds", "cpu_seconds"):
         answer.record[name] |= getattr(clock, name)
-    return {"folder": without_password(f"{job.out.rstrip('/')}/{folder.name}"), **answer.record}
+    return {"folder": remote.shown_folder(job.out, folder.name), **answer.record}
 
 
 def _thumbnails(stack: FocalStack, overview: Overview) -> list[tuple[np.ndarray, str]]:

@@ -108,15 +108,19 @@ def is_complete(out: str, name: str) -> bool:
         return bool(files.exists(f"{path}/{name}/{result.RECORD}"))
 
 
+def shown_folder(out: str, name: str) -> str:
+    """Where the result `name` in `out` lies, as users are told."""
+    return without_password(f"{out.rstrip('/')}/{name}")
+
+
 def read_record(out: str, name: str) -> dict[str, Any]:
     """The record of the finished result `name` in `out`, with `folder` as `job.write` adds it."""
-    folder = f"{out.rstrip('/')}/{name}"
     if is_url(out):
-        with _reaching(folder) as (files, path):
-            text = files.cat_file(f"{path}/{result.RECORD}").decode()
+        with _reaching(out) as (files, path):
+            text = files.cat_file(f"{path}/{name}/{result.RECORD}").decode()
     else:
-        text = (Path(folder) / result.RECORD).read_text(encoding="utf-8")
-    return {"folder": without_password(folder), **json.loads(text)}
+        text = (Path(out) / name / result.RECORD).read_text(encoding="utf-8")
+    return {"folder": shown_folder(out, name), **json.loads(text)}
 
 
 def prepare_output(out: str) -> None:

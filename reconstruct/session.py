@@ -257,7 +257,7 @@ class Session:
             pass  # overtaken by the full reconstruction
         elif news.what == "look" and isinstance(job, LookJob):
             look = news.content
-            if job.purpose == "take":  # facts first: a page may be told of the look as soon as it is there
+            if job.purpose == "take":  # facts first: `_take_facts` may tell of the look as soon as it is there
                 names = ("near_m", "far_m", "std_m", "confident", "n_frames", "seconds")
                 self.folder.update(job.number, facts={name: getattr(look, name) for name in names})
             self.looks[job.purpose, job.number] = look
@@ -557,10 +557,11 @@ class Session:
     def _take_facts(self, take: Take) -> dict[str, Any]:
         number = take.number
         done = self.folder.has_result(number)
+        looked = ("take", number) in self.looks  # asked before the facts are read, which are there before the look
         return take.model_dump() | {
             "thumbnails": sorted(index for taken, index in list(self.camera.thumbnails) if taken == number),
             "result": done,
-            "look": not done and ("take", number) in self.looks,
+            "look": not done and looked,
             "failure": self.failures.get(number),
         }
 
