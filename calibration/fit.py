@@ -7,6 +7,10 @@ Model of the squared CoC diameter of patch j in frame i of sweep k (notes/calibr
 A pupil diameter, F_i pinhole focal length in px, D inverse depth, phi a polynomial in motor position u, e_k the error
 of a pose, delta_ki a random focus error per frame. Without delta the covariance claims far too much: patches of one
 frame share the motor's error. Its spread tau is estimated, and is the motor's repeatability.
+
+No motor follows a polynomial, and what a polynomial of some degree leaves is the same on every board: taken for scatter
+it would average out, and the intervals would be too narrow. So phi has many coefficients, each expected to be small
+(normal, its size falling with the fourth power of its degree), and the sizes' common scale is estimated like tau.
 """
 
 from __future__ import annotations
@@ -27,14 +31,15 @@ logger = logging.getLogger(__name__)
 
 POSE_STD = 2e-4  # relative error of a PnP distance with the right focal length (notes 4.4: 0.00 to 0.013 %)
 BLUR_STD_PX, BLUR_STD_RATIO = 0.01, 0.001  # what the template does not explain, common to no two patches
-MAX_DEGREE = 4
+MAX_DEGREE = 8
+LAW_DECAY = 4.0  # coefficient k of the focus law is expected to fall as k^-4: smooth motors
 SMALL_BLUR_PX = 5.0  # stage 2 leaves out what is smaller: there the floor's shape counts, not only its size
 FLOOR_SHAPE_PX2 = 0.3  # error of c^2 there when the bank already has a floor of the right size
 FLOOR_SHAPE_RATIO = 0.08  # of the floor's own c^2, where blur is not much larger than the floor
 OUTLIER_SIGMAS = 5.0
 MAX_PUPIL_RATIO = 0.05  # relative standard error of A beyond which nothing is known
 MIN_DEPTH_SHARE = 0.05  # of the sweep's dioptre range, between the nearest and the farthest patch
-TAU_ROUNDS = 5
+TAU_ROUNDS = 15
 WIDE_TAU_RATIO = 0.1  # of the dioptre range: prior of a frame's focus error before the motor is known
 TAU_FLOOR = 1e-4  # of the dioptre range: no motor is believed to be better
 MAX_STEPS, COST_TOLERANCE, MAX_DAMPING = 100, 1e-8, 1e12
@@ -89,6 +94,7 @@ class Fit:
     pupil_std_m: float
     law: FocusLaw
     law_covariance: FloatArray
+    law_std: FloatArray  # size that was expected of the law's coefficients
     floor2_px2: float  # c0^2 of the measured diameters; negative when the bank's floor was too large
     floor2_std_px2: float
     tau_dpt: float
@@ -122,9 +128,8 @@ def fit_blur(seen: Observations, floor_sigma_px: float = 0.0, names: Sequence[st
         names: of the sweeps, for what is said about one of them.
     """
     _check_bracketed(seen)
-    start = _linear_start(seen)
-    degree = _choose_degree(seen, start)
-    first = _fit_hierarchical(seen, start, degree)
+    degree = max(1, min(MAX_DEGREE, len(np.unique(seen.position)) - 2))
+    first = _fit_hierarchical(seen, _linear_start(seen), degree)
     predicted = np.abs(first.signed_coc_px(seen))
     cut = min(SMALL_BLUR_PX, float(predicted.max()) / 3)
     # sharp patches stay in as the floor's anchor, with the uncertainty of its shape
@@ -195,19 +200,6 @@ def _linear_start(seen: Observations) -> _Start:
     return _Start(max(abs(pupil), 1e-6), FocusLaw(low, high, coefficients), floor2)
 
 
-def _choose_degree(seen: Observations, start: _Start) -> int:
-    """Polynomial degree of the focus law by BIC over the scatter of frames that it leaves."""
-    best, best_score = 1, np.inf
-    index, groups = _groups(seen)
-    n_positions = len(np.unique(seen.position))
-    for degree in range(1, min(MAX_DEGREE, n_positions - 2) + 1):
-        tau = _scatter(seen, _with_degree(start, degree), index, len(groups), 0.0).tau
-        score = 2.0 * len(groups) * np.log(tau) + (degree + 1) * np.log(len(groups))
-        if score < best_score - 4.0:  # one frame that happens to lie well must not buy a degree
-            best, best_score = degree, score
-    return best
-
-
 def _with_degree(start: _Start, degree: int) -> _Start:
     coefficients = np.zeros(degree + 1)
     shared = min(degree + 1, len(start.law.coefficients))
@@ -238,9 +230,10 @@ class _Solution:
 
 def _solve(
     seen: Observations,
-    start: _Start,
+    start: _Start | _Solution,
     *,
     tau: float | FloatArray,
+    law_std: FloatArray,
     index: NDArray[np.int64],
     n_groups: int,
     extra_std_px2: FloatArray | float = 0.0,
@@ -250,6 +243,7 @@ def _solve(
     """Robust least squares for given tau (scalar or one per (sweep, frame)).
 
     Args:
+        law_std: expected size of each coefficient of the law, infinite where nothing is expected.
         term: one more parameter z: the gain of each observation grows by z times the first, its defocus by z times
             the second array.
     """
@@ -265,7 +259,9 @@ def _solve(
     rows = np.arange(len(seen))
     floor_at, pose_at, term_at = 1 + n_law, 2 + n_law, 2 + n_law + len(sweeps)
     n_shared = term_at + (term is not None)
-    priors = np.r_[pose_at:term_at, n_shared : n_shared + n_groups]  # parameters of standard normal size
+    precision = np.zeros(n_shared + n_groups)  # of what is expected of the parameters, which is 0
+    precision[1:floor_at] = 1.0 / np.square(law_std)
+    precision[pose_at:term_at] = precision[n_shared:] = 1.0
     by_gain, by_shift = term if term is not None else (np.zeros(len(seen)), np.zeros(len(seen)))
     # the frames' own errors are many, and each touches its own frame only
     of_group = csr_array((np.ones(len(seen)), (index, rows)), shape=(n_groups, len(seen)))
@@ -279,7 +275,7 @@ def _solve(
         return (seen.coc2_px2 - (gain * defocus) ** 2 - x[floor_at]) / std, gain, defocus
 
     def cost(x: FloatArray) -> float:
-        return float(np.sum((root * _soften(misfit(x)[0])) ** 2) + np.sum(x[priors] ** 2))
+        return float(np.sum((root * _soften(misfit(x)[0])) ** 2) + np.sum(precision * x**2))
 
     def normal_equations(x: FloatArray) -> tuple[FloatArray, FloatArray]:
         """(information matrix, half the cost's gradient)."""
@@ -297,13 +293,15 @@ def _solve(
         softened = _soften(data) * root
         cross = of_group @ (shared * own[:, None])
         information = np.block([[shared.T @ shared, cross.T], [cross, np.diag(of_group @ own**2)]])
-        information[priors, priors] += 1.0
+        information[np.diag_indices(len(x))] += precision
         gradient = np.concatenate([shared.T @ softened, of_group @ (own * softened)])
-        gradient[priors] += x[priors]
+        gradient += precision * x
         return information, gradient
 
     x = np.zeros(n_shared + n_groups)
     x[0], x[1:floor_at], x[floor_at] = np.log(start.pupil_m), start.law.coefficients, start.floor2_px2
+    if isinstance(start, _Solution):
+        x[pose_at:term_at], x[n_shared:] = start.pose / POSE_STD, start.delta / tau_each
     x, converged = _levenberg_marquardt(cost, normal_equations, x)
     information = normal_equations(x)[0]
     covariance = np.asarray(np.linalg.pinv(information, hermitian=True), np.float64)
@@ -370,11 +368,13 @@ def _fit_hierarchical(
         start if isinstance(start, _Start) else _Start(start.pupil_m, start.law, start.floor2_px2), degree
     )
     index, groups = _groups(seen)
-    solution, tau, out, clean = _scatter(seen, begin, index, len(groups), extra_std_px2)
+    solution, tau, law_std, out, clean = _scatter(seen, begin, index, len(groups), extra_std_px2)
     tau_each = np.where(out, WIDE_TAU_RATIO * _span(seen, begin), tau)
-    factor = float(student_t.ppf(0.975, max(int(clean.sum()) - degree - 2, 1))) / 1.959964
-    covariance = solution.covariance * factor**2
     n_law = degree + 1
+    law_variance = np.diag(solution.covariance)[1 : 1 + n_law]
+    n_told = float(np.sum(1.0 - law_variance / law_std**2))  # coefficients that the data determine
+    factor = float(student_t.ppf(0.975, max(float(clean.sum()) - n_told - 1.0, 1.0))) / 1.959964
+    covariance = solution.covariance * factor**2
     middle = np.concatenate([[0.0], solution.law.design(np.array([0.5 * (begin.law.low + begin.law.high)]))[0], [0.0]])
     middle_var = float(middle @ covariance @ middle)
     correlation = float(covariance[0] @ middle / np.sqrt(max(covariance[0, 0] * middle_var, 1e-30)))
@@ -383,6 +383,7 @@ def _fit_hierarchical(
         pupil_std_m=solution.pupil_m * float(np.sqrt(max(covariance[0, 0], 0.0))),
         law=solution.law,
         law_covariance=covariance[1 : 1 + n_law, 1 : 1 + n_law],
+        law_std=law_std,
         floor2_px2=solution.floor2_px2,
         floor2_std_px2=float(np.sqrt(max(covariance[1 + n_law, 1 + n_law], 0.0))),
         tau_dpt=tau,
@@ -393,13 +394,14 @@ def _fit_hierarchical(
         converged=solution.converged,
         pupil_focus_correlation=correlation,
         pose_error=solution.pose,
-        extra=_diagnose(seen, solution, tau_each, extra_std_px2, factor) if diagnose else {},
+        extra=_diagnose(seen, solution, tau_each, law_std, extra_std_px2, factor) if diagnose else {},
     )
 
 
 class _Scatter(NamedTuple):
     solution: _Solution
     tau: float
+    law_std: FloatArray  # expected size of the law's coefficients
     out: NDArray[np.bool_]  # (sweep, frame) groups whose focus is far from where the law has it
     clean: NDArray[np.bool_]  # groups that tell tau
 
@@ -411,10 +413,16 @@ def _scatter(
     n_groups: int,
     extra_std_px2: FloatArray | float,
 ) -> _Scatter:
-    """The fit together with the motor's scatter tau, by expectation maximisation from a wide prior."""
+    """The fit with the motor's scatter tau and the law's roughness, by expectation maximisation from wide priors."""
     span = _span(seen, begin)
     wide = WIDE_TAU_RATIO * span
-    solution = _solve(seen, begin, tau=wide, index=index, n_groups=n_groups, extra_std_px2=extra_std_px2)
+    order = np.arange(len(begin.law.coefficients), dtype=np.float64)
+    bent = order >= 2  # one line is as likely as another
+    fall = np.where(bent, np.maximum(order, 1.0) ** -LAW_DECAY, np.inf)
+    law_std = span * fall
+    solution = _solve(
+        seen, begin, tau=wide, law_std=law_std, index=index, n_groups=n_groups, extra_std_px2=extra_std_px2
+    )
     # a frame near the minimum of the V does not tell its focus error: its delta keeps the prior's variance
     told = solution.delta_variance_given_rest < (0.3 * wide) ** 2
     tau = 1.4826 * float(np.median(np.abs(solution.delta[told]))) if told.sum() > 3 else 0.01 * span
@@ -424,18 +432,28 @@ def _scatter(
         tau = max(tau, TAU_FLOOR * span)
         solution = _solve(
             seen,
-            _Start(solution.pupil_m, solution.law, solution.floor2_px2),
+            solution,
             tau=np.where(out, wide, tau),
+            law_std=law_std,
             index=index,
             n_groups=n_groups,
             extra_std_px2=extra_std_px2,
         )
         tau = float(np.sqrt(np.mean(solution.delta[clean] ** 2 + solution.delta_variance[clean])))
-    return _Scatter(solution, max(tau, TAU_FLOOR * span), out, clean)
+        if bent.any():
+            law_variance = np.diag(solution.covariance)[1 : 1 + len(order)]
+            roughness2 = (solution.law.coefficients**2 + law_variance)[bent] / fall[bent] ** 2
+            law_std = np.sqrt(np.mean(roughness2)) * fall
+    return _Scatter(solution, max(tau, TAU_FLOOR * span), law_std, out, clean)
 
 
 def _diagnose(
-    seen: Observations, solution: _Solution, tau: FloatArray, extra_std_px2: FloatArray | float, factor: float
+    seen: Observations,
+    solution: _Solution,
+    tau: FloatArray,
+    law_std: FloatArray,
+    extra_std_px2: FloatArray | float,
+    factor: float,
 ) -> dict[str, tuple[float, float]]:
     """Value and standard error of terms that an ideal lens does not have, each fitted alone beside all the others.
 
@@ -451,10 +469,18 @@ def _diagnose(
         "pupil_slope": (focus - float(focus.mean()), nothing),
     }
     index, groups = _groups(seen)
-    begin = _Start(solution.pupil_m, solution.law, solution.floor2_px2)
     extra = {}
     for name, term in terms.items():
-        fit = _solve(seen, begin, tau=tau, index=index, n_groups=len(groups), extra_std_px2=extra_std_px2, term=term)
+        fit = _solve(
+            seen,
+            solution,
+            tau=tau,
+            law_std=law_std,
+            index=index,
+            n_groups=len(groups),
+            extra_std_px2=extra_std_px2,
+            term=term,
+        )
         extra[name] = (fit.term, fit.term_std * factor)
     return extra
 
@@ -528,6 +554,7 @@ def bootstrap_std(
             seen.take(weight > 0),
             begin,
             tau=fit.tau_dpt,
+            law_std=fit.law_std,
             index=index[weight > 0],
             n_groups=len(groups),
             weight=weight[weight > 0].astype(np.float64),

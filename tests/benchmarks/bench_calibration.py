@@ -50,7 +50,7 @@ ROWS = Path("bench-results/calibration_table.jsonl")
 FOCAL_RATIO = 1e-3  # what is not known of the focal length
 LENSES = [
     Truth(pupil_m=0.0118, bend=-0.3, cubic=0.35, breathing=-0.06, floor_px=2.2, jitter_dpt=0.0015),
-    Truth(pupil_m=0.0245, bend=0.45, cubic=-0.2, breathing=0.03, floor_px=1.1, jitter_dpt=0.0),
+    Truth(pupil_m=0.0245, bend=0.45, wave=-0.06, breathing=0.03, floor_px=1.1, jitter_dpt=0.0),
 ]
 SPEED_CAMERA = BoardCamera(
     height=1000, width=1500, pupil_m=0.0125, focal_px=3194.0, breathing=-0.7, bend=-0.3, floor_px=0.8

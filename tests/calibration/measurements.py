@@ -19,6 +19,7 @@ class Truth:
     near_dpt: float = 1.7
     bend: float = 0.25
     cubic: float = 0.0
+    wave: float = 0.0  # of the motor law: no polynomial
     breathing: float = 0.05  # change of F per dioptre
     floor_px: float = 1.5
     noise: float = 0.01  # of the image; blur of a patch then errs by 0.04 px per %
@@ -29,6 +30,7 @@ class Truth:
     def focus_dpt(self, step):
         u = np.asarray(step, float) / 1000.0
         shape = u + self.bend * u * (u - 1.0) + self.cubic * u * (u - 1.0) * (u - 0.5)
+        shape = shape + self.wave * np.sin(2.0 * np.pi * u) / (2.0 * np.pi)
         return self.far_dpt + (self.near_dpt - self.far_dpt) * shape
 
     def observe(self, boards, steps, seed, n_corners=24) -> Observations:
