@@ -9,6 +9,9 @@ start was unsure of it.
 The image's own problem is nearly quadratic in the square root of light, so it takes Nesterov steps of the longest
 stable length there: four of them fit as well as fourteen of Adam's (Motorcycle, depth fixed).
 
+Single pixels know little: where a surface as a whole lies too near, the slope at each of its pixels drowns in noise. So
+surfaces are shifted whole first, by as much as the misfit pooled along them says once the image is fitted anew.
+
 Gradients alone cannot carry an edge of a near object across more than a pixel. So on the way the depth map is offered
 moves that no gradient finds: near surfaces grown or shrunk by a few pixels. Each offer first gets a few steps of its
 own image; then every pixel takes the offer under which the frames around it fit best (fusion moves, Lempitsky et al.
@@ -17,6 +20,7 @@ own image; then every pixel takes the offer under which the frames around it fit
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -28,6 +32,9 @@ from reconstruct.estimate import Estimate
 from reconstruct.fusion import fuse
 from reconstruct.losses import edge_aware_smoothness
 from reconstruct.render import Model, PsfShape, render_stack
+from reconstruct.smoothing import edge_aware_mean
+
+logger = logging.getLogger(__name__)
 
 GAUSSIAN_GAIN = 0.25  # a Gaussian lens is told from a disc one; it has the disc's second moment
 BLACK = 0.01  # linear light added before the square root, which gives dark and bright pixels the same noise
@@ -36,6 +43,10 @@ FLOOR_PX = 0.3  # std of the lens's and sensor's own blur
 MOMENTUM = 0.8  # of the image
 MOVED_PX = 0.3  # change of blur below which a move is not worth offering
 LEAST_STD_PX = 0.02  # no start is surer than this
+EDGE_PX, EDGE_ROOT = 0.3, 0.3  # differences of depth, of the root image's channels together, that end a surface
+PROBE_PX = 0.25  # change of blur at which the misfit's slope is taken
+UNEXPLAINED = 2.0  # times the median misfit: pixels with more say little about depth
+LEAST_CURVATURE = 3e-4  # of the misfit per px of blur squared: where nothing tells depth, it stays
 MOVES_AT = 0.4  # share of the steps before moves: the image fits by then, and enough are left to settle
 STEADY_SHARE = 0.5  # of the steps at full length; then they shrink to 0
 
@@ -51,6 +62,12 @@ class RefineConfig:
         moves_px: by how many pixels near surfaces are tried grown and shrunk.
         trial_steps: of the image, before a move is judged.
         window_px: side of the square around a pixel over which a move is judged.
+        shifts: how often surfaces are shifted after the moves; once they are before the first step.
+        reach_px: over how far along a surface a shift is pooled.
+        hold: weight of the sum of all shifts in the start's own standard deviations, and of the frames' errors in
+            theirs, in usual misfits: where frames are noisy, priors count for more.
+        focus_std_px: expected error of a frame's reported focus.
+        gain_std: expected relative error of a frame's blur gain.
     """
 
     depth_step_px: float = 0.09
@@ -59,6 +76,11 @@ class RefineConfig:
     moves_px: tuple[int, ...] = (1, 2, 3)
     trial_steps: int = 2
     window_px: int = 5
+    shifts: int = 6
+    reach_px: float = 3.5
+    hold: float = 0.06
+    focus_std_px: float = 0.05
+    gain_std: float = 0.01
 
 
 def refine(
@@ -94,11 +116,22 @@ def refine(
         misfit.choose_psf(start)
     state = _Refinement(misfit, start, config or RefineConfig())
     for step in range(steps):
-        if step == round(MOVES_AT * steps) > 0:
+        if step == 0:
+            state.shift_surfaces()
+        elif step == round(MOVES_AT * steps):
             state.try_moves()
+            state.fit_lens()
+            for _ in range(state.config.shifts):
+                state.shift_surfaces()
+            state.fit_lens()
         loss = state.descend(min(1.0, (1 - step / steps) / (1 - STEADY_SHARE)))
         if progress is not None:
             progress(step, loss)
+    logger.info(
+        "frames seem focused at %s dpt from where they say, their blur to be off by %s %%",
+        [round(float(x), 4) for x in misfit.focus_dpt - focus_dpt.to(misfit.focus_dpt)],
+        [round(100 * float(x), 2) for x in misfit.kappa / kappa.to(misfit.kappa) - 1],
+    )
     return state.best()
 
 
@@ -193,14 +226,16 @@ class _Refinement:
 
     def __init__(self, misfit: Misfit, start: Estimate, config: RefineConfig) -> None:
         self.misfit, self.start, self.config = misfit, start, config
+        self.told_focus_dpt, self.told_kappa = misfit.focus_dpt, misfit.kappa
         self.dpt_per_px = 4.0 / float(misfit.kappa.abs().mean())
         self.std_dpt = torch.nan_to_num(start.std_dpt)
         # where the start does not say how sure it is, nothing holds the pixel
         known = self.std_dpt > 0
         self.std_px = torch.where(known, self.std_dpt / self.dpt_per_px, torch.inf).clamp_min(LEAST_STD_PX)
-        self.expected_px = start.inverse_depth_dpt / self.dpt_per_px  # the start, and what moves made of it
+        self.expected_px = start.inverse_depth_dpt / self.dpt_per_px  # the start, and what moves and shifts made of it
         self.depth_px = self.expected_px.clone().requires_grad_()
         self.root = root_of(start.aif.to(misfit.frames)).requires_grad_()
+        self.shift_px = torch.zeros_like(self.expected_px)  # sum of all shifts
         self._restart()
 
     def _restart(self) -> None:
@@ -226,6 +261,80 @@ class _Refinement:
         photometric = self.misfit(self.root, self.depth_px * self.dpt_per_px).sum() / self.misfit.values
         distance = ((1 + ((self.depth_px - self.expected_px) / self.std_px).square()).sqrt() - 1).mean()
         return photometric + config.smoothness * smoothness + config.prior * distance
+
+    def shift_surfaces(self) -> None:
+        """Move surfaces nearer or farther: a Gauss-Newton step of the misfit that is left with the image fitted anew.
+
+        The misfit is compared at this depth and a little nearer and farther, everywhere at once. Its slope and
+        curvature are pooled along surfaces, and so is the sum of all shifts, for single pixels follow the noise.
+        """
+        _, nearer = self._shifted(PROBE_PX)
+        _, farther = self._shifted(-PROBE_PX)
+        root, here = self._shifted(0.0)
+        # what no depth explains, beside edges above all, does not tell how to change it
+        weight = 1 / (1 + (here / (UNEXPLAINED * here.median()).clamp_min(1e-9)).square())
+        slope = weight * (nearer - farther) / (2 * PROBE_PX)
+        curvature = weight * (nearer + farther - 2 * here) / PROBE_PX**2
+        wanted, stiffness = edge_aware_mean(
+            torch.stack([curvature * self.shift_px - slope, curvature]),
+            self._links(0),
+            self._links(1),
+            self.config.reach_px**2,
+        )
+        held = self.config.hold * here.median() / self.std_px.square() + LEAST_CURVATURE
+        change = wanted / (stiffness.clamp_min(0) + held) - self.shift_px
+        change = change.clamp(-2 * PROBE_PX, 2 * PROBE_PX)
+        with torch.no_grad():
+            self.root.copy_(root)
+            self.depth_px += change
+        self.shift_px += change
+        self.expected_px += change
+        self._restart()
+
+    def _shifted(self, by_px: float) -> tuple[Tensor, Tensor]:
+        """The image a step closer to what suits the depth so much nearer, and the misfit of every pixel, (H, W)."""
+        depth_dpt = (self.depth_px.detach() + by_px) * self.dpt_per_px
+        root = self.misfit.fitted(self.root, depth_dpt, 1)
+        with torch.no_grad():
+            return root, self.misfit(root, depth_dpt).mean((0, 1))
+
+    @torch.no_grad()
+    def fit_lens(self) -> None:
+        """Correct every frame's focus and blur gain, by a Gauss-Newton step of the frame's own misfit.
+
+        What a shift and stretch of all foci, or a change of all gains, would explain as well is left alone: no stack
+        tells it (shared/design.md section 2), it belongs to the calibration.
+        """
+        misfit, config = self.misfit, self.config
+        depth_dpt = self.depth_px * self.dpt_per_px
+        focus, gain = misfit.focus_dpt, misfit.kappa
+        per_value = len(focus) / misfit.values
+
+        def left(focus_px: float, ratio: float) -> Tensor:
+            misfit.focus_dpt, misfit.kappa = focus + focus_px * self.dpt_per_px, gain * (1 + ratio)
+            return misfit(self.root, depth_dpt).sum((1, 2, 3)) * per_value
+
+        found: list[Tensor] = []
+        here = left(0, 0)
+        for probe, std, so_far in (
+            (0.2 * PROBE_PX, config.focus_std_px, (focus - self.told_focus_dpt) / self.dpt_per_px),
+            (config.gain_std, config.gain_std, gain / self.told_kappa - 1),
+        ):
+            more, less = (left(*((sign * probe, 0) if not found else (0, sign * probe))) for sign in (1, -1))
+            curvature = ((more + less - 2 * here) / probe**2).clamp_min(0)
+            wanted = curvature * so_far - (more - less) / (2 * probe)
+            found.append(wanted / (curvature + config.hold * here / std**2))
+        alike = torch.ones_like(focus)
+        line = torch.stack([alike, self.told_focus_dpt], 1)
+        misfit.focus_dpt = self.told_focus_dpt + _beside(found[0], line) * self.dpt_per_px
+        misfit.kappa = self.told_kappa * (1 + _beside(found[1], alike[:, None]))
+        self._restart()
+
+    def _links(self, along: int) -> Tensor:
+        """How surely neighbours along an axis are of one surface, 0 to 1."""
+        by_depth = (self.depth_px.detach().diff(dim=along) / EDGE_PX).square()
+        by_image = self.root.detach().diff(dim=along + 1).abs().sum(0) / EDGE_ROOT
+        return torch.exp(-by_depth - by_image)
 
     def try_moves(self) -> None:
         """Let every pixel take the depth of a near surface grown or shrunk over it, if its surroundings then fit."""
@@ -282,6 +391,12 @@ class _Refinement:
 def root_of(linear: Tensor) -> Tensor:
     """Square root of light: shot noise has the same size everywhere on this scale."""
     return (linear.clamp_min(0) + BLACK).sqrt()
+
+
+def _beside(values: Tensor, known: Tensor) -> Tensor:
+    """What of `values` (S,) no mixture of the columns of `known` (S, n) explains."""
+    basis = torch.linalg.qr(known)[0]
+    return values - basis @ (basis.T @ values)
 
 
 def _dilated(depth: Tensor, reach_px: int) -> Tensor:
