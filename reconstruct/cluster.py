@@ -84,7 +84,11 @@ def connect(workers: int, address: str | None) -> Iterator[Any]:
                     raise UsageError(problem)
                 yield client
             return
+        # Dask has its workers return freed memory at once; mapping it again took more time than the work itself
+        environment = dask.config.get("distributed.nanny.pre-spawn-environ")
+        kept = {name: value for name, value in environment.items() if "MALLOC" not in name}
         with (
+            dask.config.set({"distributed.nanny.pre-spawn-environ": kept}),
             LocalCluster(
                 n_workers=workers,
                 threads_per_worker=1,

@@ -314,20 +314,21 @@ class _Refinement:
             misfit.focus_dpt, misfit.kappa = focus + focus_px * self.dpt_per_px, gain * (1 + ratio)
             return misfit(self.root, depth_dpt).sum((1, 2, 3)) * per_value
 
-        found: list[Tensor] = []
         here = left(0, 0)
-        for probe, std, so_far in (
-            (0.2 * PROBE_PX, config.focus_std_px, (focus - self.told_focus_dpt) / self.dpt_per_px),
-            (config.gain_std, config.gain_std, gain / self.told_kappa - 1),
-        ):
-            more, less = (left(*((sign * probe, 0) if not found else (0, sign * probe))) for sign in (1, -1))
+
+        def corrected(so_far: Tensor, more: Tensor, less: Tensor, probe: float, std: float) -> Tensor:
             curvature = ((more + less - 2 * here) / probe**2).clamp_min(0)
             wanted = curvature * so_far - (more - less) / (2 * probe)
-            found.append(wanted / (curvature + config.hold * here / std**2))
+            return wanted / (curvature + config.hold * here / std**2)
+
+        by_px, by_ratio = 0.2 * PROBE_PX, config.gain_std
+        so_far = (focus - self.told_focus_dpt) / self.dpt_per_px
+        focus_px = corrected(so_far, left(by_px, 0), left(-by_px, 0), by_px, config.focus_std_px)
+        ratio = corrected(gain / self.told_kappa - 1, left(0, by_ratio), left(0, -by_ratio), by_ratio, config.gain_std)
         alike = torch.ones_like(focus)
         line = torch.stack([alike, self.told_focus_dpt], 1)
-        misfit.focus_dpt = self.told_focus_dpt + _beside(found[0], line) * self.dpt_per_px
-        misfit.kappa = self.told_kappa * (1 + _beside(found[1], alike[:, None]))
+        misfit.focus_dpt = self.told_focus_dpt + _beside(focus_px, line) * self.dpt_per_px
+        misfit.kappa = self.told_kappa * (1 + _beside(ratio, alike[:, None]))
         self._restart()
 
     def _links(self, along: int) -> Tensor:
