@@ -112,22 +112,23 @@ class Lesson:
         device: torch.device,
         folder: Path,
         *,
-        shared: Path | None = None,
+        withhold: bool = True,
+        refined: Path | None = None,
         own: bool = True,
     ) -> Lesson:
-        """Withhold a frame, estimate depth from the others (by `start`, else by plane sweep) and refine it.
+        """Estimate depth (by `start`, else by plane sweep) and refine it, from all frames but one, or from all.
 
-        What is too large for memory is mapped from `folder`. Where several processes need the lesson, the refined maps
-        are in `shared`: the process whose `own` it is writes them there, the others wait for that.
+        What is too large for memory is mapped from `folder`. The refined maps are kept in `refined`: the process whose
+        `own` it is writes them there unless they are, the others wait for that.
         """
-        withheld = withheld_frame(full)
+        withheld = withheld_frame(full) if withhold else -1
         stack = full if withheld < 0 else full.without(withheld)
         frames, focus, kappa, valid = (x.to(device) for x in (stack.frames, stack.focus_dpt, stack.kappa, stack.valid))
         seen = None if bool(valid.all()) else valid
         context = photometry(frames, seen)
         evidence = gather_evidence(frames, focus, kappa, seen, SWEEP, context)
         prior = sweep_prior(frames, focus, kappa, seen, context=context, evidence=evidence)
-        if shared is None or (own and not shared.with_suffix(".json").exists()):
+        if refined is None or (own and not refined.with_suffix(".json").exists()):
             if start is None:
                 first = plane_sweep(frames, focus, kappa, valid=seen, context=context, evidence=evidence)
             else:
@@ -137,36 +138,46 @@ class Lesson:
             misfit.choose_psf(first)
             wanted = refine(frames, focus, kappa, first, steps=refine_steps, valid=valid, psf=misfit.psf)
             maps, psf = {name: getattr(wanted, name).cpu() for name in MAPS}, misfit.psf
-            if shared is not None:
-                save_weights(shared, maps, {"psf": psf})
+            if refined is not None:
+                save_weights(refined, maps, {"psf": psf})
         else:
-            while not shared.with_suffix(".json").exists():
+            while not refined.with_suffix(".json").exists():
                 time.sleep(0.2)
-            maps, about = load_weights(shared)
+            maps, about = load_weights(refined)
             psf = about["psf"]
         wanted = Estimate(**maps, metric=stack.metric)
         return cls(stack, kept_prior(prior, folder), wanted, full, withheld, psf)
 
 
 def prepare_lessons(
-    stacks: Sequence[CapturedStack], start: TrainedNetwork | None, refine_steps: int, device: torch.device, run: Path
+    stacks: Sequence[CapturedStack],
+    start: TrainedNetwork | None,
+    refine_steps: int,
+    device: torch.device,
+    run: Path,
+    *,
+    withhold: bool = True,
 ) -> list[Lesson]:
-    """A lesson of every stack. Under torchrun each process refines its share; `run` must be on a disk they share."""
+    """A lesson of every stack; what is refined once is kept in `run`.
+
+    Under torchrun each process refines its share, and `run` must be on a disk they share.
+    """
     rank, world = own_share()
 
     def prepare(i: int) -> Lesson:
-        name = None if world == 1 else run / "refined" / f"{_fingerprint(stacks[i], start, refine_steps)}.safetensors"
-        return Lesson.prepare(stacks[i], start, refine_steps, device, run, shared=name, own=i % world == rank)
+        name = run / "refined" / f"{_fingerprint(stacks[i], start, refine_steps, withhold)}.safetensors"
+        own = i % world == rank
+        return Lesson.prepare(stacks[i], start, refine_steps, device, run, withhold=withhold, refined=name, own=own)
 
     ours_first = sorted(range(len(stacks)), key=lambda i: i % world != rank)
     lessons = {i: prepare(i) for i in ours_first}
     return [lessons[i] for i in range(len(stacks))]
 
 
-def _fingerprint(stack: CapturedStack, start: TrainedNetwork | None, refine_steps: int) -> str:
+def _fingerprint(stack: CapturedStack, start: TrainedNetwork | None, refine_steps: int, withhold: bool) -> str:
     """What refined maps depend on, in a few letters."""
     optics = f"{stack.focus_dpt.tolist()} {stack.kappa.tolist()}"
-    what = f"{version('daif')} {stack.name} {optics} {refine_steps} {start and start.identity}"
+    what = f"{version('daif')} {stack.name} {optics} {refine_steps} {withhold} {start and start.identity}"
     return hashlib.sha256(stack.frames.numpy().tobytes() + what.encode()).hexdigest()[:16]
 
 
@@ -219,32 +230,30 @@ class DistilTask:
             raise DataError(f"the smallest stack is {smallest} px on its short side; training needs at least 32")
 
     def batch(self, step: int, part: int = 0, parts: int = 1) -> StackBatch:
-        """Random crops of one stack, so that all have the same number of frames; mirrored and turned."""
+        """Random crops of stacks with as many frames as the first that was drawn; mirrored and turned."""
         rng = np.random.default_rng([self.config.seed, 4, step])
-        lesson = self.lessons[int(rng.integers(len(self.lessons)))]
-        stack, wanted = lesson.stack, lesson.wanted
-        height, width = stack.frames.shape[-2:]
-        maps = (stack.frames, wanted.inverse_depth_dpt[None], wanted.aif, *(x[0] for x in lesson.prior[:-1]))
-        crops: list[list[Tensor]] = [[] for _ in maps]
+        first = self.lessons[int(rng.integers(len(self.lessons)))]
+        alike = [lesson for lesson in self.lessons if len(lesson.stack.frames) == len(first.stack.frames)]
+        taken: list[Lesson] = []
+        crops: list[list[Tensor]] = [[] for _ in range(3 + len(first.prior) - 1)]
         for place in range(self.config.batch):
+            lesson = alike[int(rng.integers(len(alike)))]
+            stack, wanted = lesson.stack, lesson.wanted
+            height, width = stack.frames.shape[-2:]
             top, left = int(rng.integers(height - self.crop + 1)), int(rng.integers(width - self.crop + 1))
             window = (..., slice(top, top + self.crop), slice(left, left + self.crop))
             turn, mirror = int(rng.integers(4)), rng.random() < 0.5
             if place % parts != part:
                 continue
+            taken.append(lesson)
+            maps = (stack.frames, wanted.inverse_depth_dpt[None], wanted.aif, *(x[0] for x in lesson.prior[:-1]))
             for kept, x in zip(crops, maps, strict=True):
                 crop = torch.rot90(x[window], turn, (-2, -1)).float()
                 kept.append(crop.flip(-1) if mirror else crop)
         frames, depth, aif, *swept = map(torch.stack, crops)
-        count = len(frames)
-        return StackBatch(
-            frames,
-            stack.focus_dpt.expand(count, -1),
-            stack.kappa.expand(count, -1),
-            depth,
-            aif,
-            Prior._make([*swept, lesson.prior.brightness.expand(count, -1, -1, -1)]),
-        )
+        focus, kappa = (torch.stack([getattr(x.stack, name) for x in taken]) for name in ("focus_dpt", "kappa"))
+        brightness = torch.cat([lesson.prior.brightness for lesson in taken])
+        return StackBatch(frames, focus, kappa, depth, aif, Prior._make([*swept, brightness]))
 
     def terms(self, output: NetworkOutput, batch: StackBatch) -> DistilTerms:
         """Smooth L1 and differences of depth in px of CoC, image in a gamma of 2.
@@ -264,8 +273,15 @@ class DistilTask:
         )
 
     def validate(self, net: nn.Module) -> dict[str, float]:
-        """Mean error of the withheld frames."""
-        return {"withheld": float(np.mean(list(self.errors(net).values())))}
+        """Mean distance from the refined maps, px of CoC: of whole stacks, but of those that are learned from."""
+        assert isinstance(net, DefaultNet | PaperNet)
+        network = wrap(net.eval(), {}, "in training")
+        distances = []
+        for lesson in self.lessons:
+            found = _predict(network, lesson.stack, self.device).inverse_depth_dpt.cpu()
+            away_px = (found - lesson.wanted.inverse_depth_dpt).abs() * lesson.stack.kappa.mean()
+            distances.append(float(away_px.mean()))
+        return {"from_refined_px": float(np.mean(distances))}
 
     def errors(self, net: nn.Module) -> dict[str, float]:
         """Error of each stack's withheld frame."""
@@ -327,29 +343,38 @@ def adapt(
 ) -> Adaptation:
     """Refine the stacks, distil them into a copy of `start` (a new network if None), keep it if it is better.
 
-    Weights are written to `run/weights.safetensors` if withheld frames are then predicted better (`reliably_lower`).
-    A new network has no before: it is compared with the plane sweep, and kept in any case.
+    Whether that helps is judged without the withheld frames (in `run/judged`). If they are then predicted better
+    (`reliably_lower`), the same is done with all frames and written to `run/weights.safetensors`. A new network has no
+    before: it is compared with the plane sweep, never sees the withheld frames, and is kept in any case.
 
     Raises DataError when no stack has three frames: then nothing can be withheld to judge by.
     """
-    print(f"refining {len(stacks)} stack(s)", file=sys.stderr, flush=True)
     run.mkdir(parents=True, exist_ok=True)
-    lessons = prepare_lessons(stacks, start, refine_steps, device, run)
-    if all(lesson.withheld < 0 for lesson in lessons):
+
+    def taught(task: DistilTask, states: Path) -> DefaultNet | PaperNet:
+        torch.manual_seed(config.seed)
+        net = build(config.preset if start is None else start.preset)
+        if start is not None:
+            net.load_state_dict(start.net.state_dict())
+        net.load_state_dict(fit(net, task, config, states, device=device, resume=resume))
+        return net.to(device)
+
+    def lessons(*, withhold: bool) -> list[Lesson]:
+        which = "all frames but one" if withhold else "all frames"
+        print(f"refining {len(stacks)} stack(s) from {which}", file=sys.stderr, flush=True)
+        return prepare_lessons(stacks, start, refine_steps, device, run, withhold=withhold)
+
+    judge = DistilTask(lessons(withhold=True), config, device)
+    judged = [lesson for lesson in judge.lessons if lesson.withheld >= 0]
+    if not judged:
         raise DataError("every stack has two frames only: none can be withheld to judge by; capture at least three")
-    torch.manual_seed(config.seed)
-    net = build(config.preset if start is None else start.preset)
-    task = DistilTask(lessons, config, device)
-    if start is None:
-        sweeps = {x.full.name: _sweep_error(x, device) for x in lessons if x.withheld >= 0}
-        before = sweeps
-    else:
-        net.load_state_dict(start.net.state_dict())
-        before = task.errors(net.to(device))
-    net.load_state_dict(fit(net, task, config, run, device=device, resume=resume))
-    after = task.errors(net.to(device))
-    if start is not None and not reliably_lower(list(before.values()), list(after.values())):
-        return Adaptation(before, after, None)
+    net = taught(judge, run if start is None else run / "judged")
+    before = {x.full.name: _sweep_error(x, device) for x in judged} if start is None else judge.errors(start.net)
+    after = judge.errors(net)
+    if start is not None:
+        if not reliably_lower(list(before.values()), list(after.values())):
+            return Adaptation(before, after, None)
+        net = taught(DistilTask(lessons(withhold=False), config, device), run)
     about: dict[str, Any] = {
         "preset": "paper" if isinstance(net, PaperNet) else "default",
         "teacher": DISTILLED,

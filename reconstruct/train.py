@@ -7,6 +7,7 @@ averaged: the result does not depend on how many they are, nor on `accumulate`.
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 import shutil
@@ -396,7 +397,6 @@ def fit(
     if world > 1:
         for name in sorted(answer):  # a resumed run has them in another order
             torch.distributed.broadcast(answer[name], 0)  # only the first process knows which were best
-        torch.distributed.destroy_process_group()
     return answer
 
 
@@ -448,6 +448,7 @@ def _join_processes(device: torch.device) -> tuple[int, int]:
             rank=rank,
             world_size=world,
         )
+        atexit.register(torch.distributed.destroy_process_group)  # not before: fine-tuning trains twice
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
