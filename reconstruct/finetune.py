@@ -1,11 +1,13 @@
 """Learning from captured stacks, with nothing but the stacks themselves as teacher.
 
 On site, a handful of stacks: *refine, then distil*. Each stack's depth is first improved through the renderer
-(`reconstruct/refine.py`), then the network learns the refined maps in a few small steps. Direct photometric
-fine-tuning gains next to nothing (notes/forward-model.md section 3).
+(`reconstruct/refine.py`), then the network learns the refined maps. Those are not the truth of the captured frames, but
+they are the truth of what a simulated camera sees of the refined scene: so it learns from such retakes too, of the
+place's own textures under its own lens and noise. Direct photometric fine-tuning gains next to nothing
+(notes/forward-model.md section 3).
 
-One frame of every stack is withheld from refinement and training alike. How well it is predicted, by blurring an
-all-in-focus image through the predicted depth, decides when to stop and whether the adapted network is better than its
+To judge that, one frame of every stack is withheld from refinement and training alike. How well it is predicted, by
+blurring an all-in-focus image through the predicted depth, decides whether the adapted network is better than its
 start. That image is fitted to the other frames, depth fixed: an image fused from them holds foreground light smeared
 over the background, so a smoothed or otherwise wrong depth predicts better with it than the truth does. The
 judge is blind to small changes of depth, so a network that gains less than LEAST_GAIN, or than the stacks disagree by,
@@ -18,6 +20,7 @@ depth, compare with the frames.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import sys
 import time
 from collections.abc import Sequence
@@ -34,7 +37,7 @@ from torch import Tensor, nn
 from capture.errors import DataError
 from capture.lens import coc_diameter_px
 from reconstruct.checkpoint import load_weights, save_weights
-from reconstruct.dataset import CapturedStack, StackBatch, kept_prior
+from reconstruct.dataset import CapturedStack, StackBatch, kept_prior, taken_again
 from reconstruct.device import own_share
 from reconstruct.estimate import Estimate
 from reconstruct.losses import PUBLISHED, charbonnier, match_exposure, published_terms
@@ -50,22 +53,32 @@ DISTILLED = "the stacks themselves: depth refined through the renderer, then dis
 PHOTOMETRIC = "the stacks themselves: frames rendered from the network's own depth and image; no ground truth"
 
 FINETUNE = TrainConfig(
-    steps=150,
+    steps=2000,
     batch=4,
-    learning_rate=5e-5,
+    crop_px=64,
     warmup_steps=10,
-    ema_decay=0.9,
+    ema_decay=0.97,
     weight_decay=0.0,
-    validate_every=50,
-    log_every=25,
+    validate_every=250,
+    log_every=50,
     keep="best",
-    patience=2,
+    patience=3,
 )
+RETAKES = 3  # of every stack
+DRAWN = 2  # how often a stack itself is drawn for each of its retakes' once
 IMAGE_STEPS = 8  # of the image that predicts a withheld frame
 LEAST_GAIN = 0.03  # share of the withheld error; below it the sign was right for 5 of 16 stacks (two networks)
 
 FROM_NOTHING = FINETUNE.model_copy(
-    update={"steps": 1000, "batch": 6, "learning_rate": 6e-4, "warmup_steps": 50, "validate_every": 100, "patience": 0}
+    update={
+        "steps": 1000,
+        "batch": 6,
+        "crop_px": 160,
+        "learning_rate": 6e-4,
+        "warmup_steps": 50,
+        "ema_decay": 0.9,
+        "patience": 0,
+    }
 )
 PAPER = TrainConfig(  # as published, notes/method.md section 4
     preset="paper",
@@ -148,6 +161,16 @@ class Lesson:
         wanted = Estimate(**maps, metric=stack.metric)
         return cls(stack, kept_prior(prior, folder), wanted, full, withheld, psf)
 
+    def retakes(self, seed: Sequence[int], device: torch.device, folder: Path) -> list[Lesson]:
+        """What the network should say about the same scene taken again; the first time as it is, then altered."""
+        lessons = []
+        for i in range(RETAKES):
+            rng = np.random.default_rng([*seed, i])
+            stack, wanted = taken_again(self.stack, self.wanted, self.psf, rng, altered=i > 0)
+            prior = sweep_prior(*(x.to(device) for x in (stack.frames, stack.focus_dpt, stack.kappa)))
+            lessons.append(Lesson(stack, kept_prior(prior, folder), wanted, stack, -1, self.psf))
+        return lessons
+
 
 def prepare_lessons(
     stacks: Sequence[CapturedStack],
@@ -218,22 +241,27 @@ def withheld_error(lesson: Lesson, estimate: Estimate) -> float:
 
 
 class DistilTask:
-    """Crops of the stacks with their refined maps; judged by the withheld frames."""
+    """Crops of the stacks with their refined maps, and of their retakes; judged by the withheld frames.
+
+    The retakes are mapped from `folder`.
+    """
 
     teacher = DISTILLED
 
-    def __init__(self, lessons: Sequence[Lesson], config: TrainConfig, device: torch.device) -> None:
+    def __init__(self, lessons: Sequence[Lesson], config: TrainConfig, device: torch.device, folder: Path) -> None:
         self.lessons, self.config, self.device = list(lessons), config, device
         smallest = min(min(lesson.stack.frames.shape[-2:]) for lesson in self.lessons)
         self.crop = min(config.crop_px, smallest // 16 * 16)
         if self.crop < 32:
             raise DataError(f"the smallest stack is {smallest} px on its short side; training needs at least 32")
+        retakes = [x.retakes([config.seed, 6, i], device, folder) for i, x in enumerate(self.lessons)]
+        self.drawn = [*self.lessons * DRAWN, *itertools.chain(*retakes)]
 
     def batch(self, step: int, part: int = 0, parts: int = 1) -> StackBatch:
         """Random crops of stacks with as many frames as the first that was drawn; mirrored and turned."""
         rng = np.random.default_rng([self.config.seed, 4, step])
-        first = self.lessons[int(rng.integers(len(self.lessons)))]
-        alike = [lesson for lesson in self.lessons if len(lesson.stack.frames) == len(first.stack.frames)]
+        first = self.drawn[int(rng.integers(len(self.drawn)))]
+        alike = [lesson for lesson in self.drawn if len(lesson.stack.frames) == len(first.stack.frames)]
         taken: list[Lesson] = []
         crops: list[list[Tensor]] = [[] for _ in range(3 + len(first.prior) - 1)]
         for place in range(self.config.batch):
@@ -267,7 +295,7 @@ class DistilTask:
         kappa = batch.kappa.mean(1)[:, None, None, None]
         error_px = (output.inverse_depth_dpt - batch.inverse_depth_dpt) * kappa
         return DistilTerms(
-            depth=F.smooth_l1_loss(error_px, torch.zeros_like(error_px), beta=0.5),
+            depth=F.smooth_l1_loss(error_px, torch.zeros_like(error_px), beta=0.1),
             gradient=0.25 * (error_px.diff(dim=-1).abs().mean() + error_px.diff(dim=-2).abs().mean()),
             aif=2.0 * (output.aif.clamp_min(1e-4).sqrt() - batch.aif.clamp_min(1e-4).sqrt()).abs().mean(),
         )
@@ -364,7 +392,7 @@ def adapt(
         print(f"refining {len(stacks)} stack(s) from {which}", file=sys.stderr, flush=True)
         return prepare_lessons(stacks, start, refine_steps, device, run, withhold=withhold)
 
-    judge = DistilTask(lessons(withhold=True), config, device)
+    judge = DistilTask(lessons(withhold=True), config, device, run)
     judged = [lesson for lesson in judge.lessons if lesson.withheld >= 0]
     if not judged:
         raise DataError("every stack has two frames only: none can be withheld to judge by; capture at least three")
@@ -374,7 +402,7 @@ def adapt(
     if start is not None:
         if not reliably_lower(list(before.values()), list(after.values())):
             return Adaptation(before, after, None)
-        net = taught(DistilTask(lessons(withhold=False), config, device), run)
+        net = taught(DistilTask(lessons(withhold=False), config, device, run), run)
     about: dict[str, Any] = {
         "preset": "paper" if isinstance(net, PaperNet) else "default",
         "teacher": DISTILLED,

@@ -194,7 +194,7 @@ def from_nothing(stacks: dict[str, FoundationStack], steps: int, seeds: list[int
             torch.manual_seed(seed)
             net = DefaultNet()
             net.load_state_dict(
-                fit(net, DistilTask(lessons, config, CPU), config, Path(folder) / str(seed), device=CPU)
+                fit(net, DistilTask(lessons, config, CPU, Path(folder)), config, Path(folder) / str(seed), device=CPU)
             )
             network = wrap(net.eval(), {}, "nothing")
             print(f"seed {seed}: {steps} steps of {config.batch} crops in {time.process_time() - began:.0f} CPU s")

@@ -96,10 +96,10 @@ class Clock:
         return found | {"step": sum(found.values())}
 
 
-def compare(lesson: Lesson, task: DistilTask, batch: int, crop: int, rounds: int) -> dict[str, dict[str, float]]:
+def compare(lesson: Lesson, folder: Path, batch: int, crop: int, rounds: int) -> dict[str, dict[str, float]]:
     """Medians of the parts of every kind of step."""
     config = FINETUNE.model_copy(update={"batch": batch, "crop_px": crop})
-    task = DistilTask(task.lessons, config, CPU)
+    task = DistilTask([lesson], config, CPU, folder)
     photometric = PhotometricTask([lesson.stack], PAPER.model_copy(update={"batch": batch, "crop_px": crop}))
     kinds: dict[str, tuple[nn.Module, bool, Callable[[NetworkOutput, StackBatch], Tensor]]] = {
         "default": (build("default"), True, lambda o, b: torch.stack(list(task.terms(o, b))).sum()),
@@ -151,9 +151,8 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         stack = stack_of(ScenePool(Path(folder), 1, 208)[0])
         lesson = Lesson.prepare(stack, None, 0, CPU, Path(folder))
-        task = DistilTask([lesson], FINETUNE, CPU)
         for batch, crop in zip(chosen.sizes[::2], chosen.sizes[1::2], strict=True):
-            medians = compare(lesson, task, batch, crop, chosen.rounds)
+            medians = compare(lesson, Path(folder), batch, crop, chosen.rounds)
             tables[f"{batch} x {crop}"] = medians
             print(f"\n{batch} crops of {crop} px, 5 frames, one thread; CPU ms")
             print(f"{'':25}" + " ".join(f"{part:>9}" for part in medians["default"]) + "   stacks/s")

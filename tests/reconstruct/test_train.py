@@ -354,7 +354,7 @@ def test_withheld_frame_is_in_the_middle(stack_file):
 def test_evidence_is_gathered_once_and_turns_with_the_picture(tmp_path, stack_file):
     """Crops as large as the picture, mirrored and turned: the network says the same as if it swept each anew."""
     lesson = Lesson.prepare(load_captured(stack_file), None, 0, CPU, tmp_path)
-    task, net = DistilTask([lesson], QUICK.model_copy(update={"crop_px": 64, "batch": 6}), CPU), new_net()
+    task, net = DistilTask([lesson], QUICK.model_copy(update={"crop_px": 64, "batch": 6}), CPU, tmp_path), new_net()
     batch = task.batch(0)
     assert len({tuple(picture[:, 0, 0].tolist()) for picture in batch.frames[:, 0]}) > 2
     with torch.inference_mode():
