@@ -26,7 +26,7 @@ from reconstruct.cli import app
 from reconstruct.dataset import ScenePool, StackBatch, load_captured
 from reconstruct.finetune import FINETUNE, DistilTask, Lesson, PhotometricTask, adapt, train_paper, withheld_frame
 from reconstruct.network import DefaultNet, NetworkOutput, build
-from reconstruct.predict import wrap
+from reconstruct.predict import load_network, wrap
 from reconstruct.train import (
     RECIPE,
     SimulatedTask,
@@ -342,6 +342,37 @@ def stack_file(tmp_path_factory, pool):
 
 
 QUICK = FINETUNE.model_copy(update={"steps": 4, "batch": 2, "crop_px": 32, "validate_every": 2})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_processes_adapt_as_one_does(tmp_path, stack_file):
+    """Refining shared, both trainings (judged, then from all frames), the same weights; told to be better, as few steps
+    make nothing better."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        textwrap.dedent(
+            f"""
+            import sys, torch
+            from pathlib import Path
+            from reconstruct import finetune
+            from reconstruct.dataset import load_captured
+            from reconstruct.predict import load_network
+            from reconstruct.train import TrainConfig
+            torch.set_num_threads(1)
+            finetune.reliably_lower = lambda before, after: True
+            stack, cpu = load_captured({str(stack_file)!r}), torch.device("cpu")
+            config = TrainConfig(**{QUICK.model_dump() | {"steps": 12, "warmup_steps": 1}!r})
+            finetune.adapt([stack], load_network("default", cpu), Path(sys.argv[1]), config, device=cpu, refine_steps=2)
+            """
+        )
+    )
+    subprocess.run([sys.executable, str(script), str(tmp_path / "one")], check=True)
+    assert torchrun(script, tmp_path / "two").wait(timeout=600) == 0
+    (one, about), (two, other) = (load_weights(tmp_path / name / "weights.safetensors") for name in ("one", "two"))
+    assert moved_apart(one, two, load_network("default", CPU).net.state_dict()) < 0.05
+    assert about["withheld_before"] == other["withheld_before"]
+    assert about["withheld_after"]["scene"] == pytest.approx(other["withheld_after"]["scene"], rel=1e-3)
 
 
 def test_withheld_frame_is_in_the_middle(stack_file):
