@@ -31,7 +31,7 @@ from torch.nn import functional
 from reconstruct.estimate import Estimate
 from reconstruct.fusion import fuse
 from reconstruct.losses import edge_aware_smoothness
-from reconstruct.render import Model, PsfShape, render_stack
+from reconstruct.render import Hidden, Model, PsfShape, continued_behind, hidden_inverse_depth, render_stack
 from reconstruct.smoothing import edge_aware_mean
 
 logger = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ MOVED_PX = 0.3  # change of blur below which a move is not worth offering
 LEAST_STD_PX = 0.02  # no start is surer than this
 EDGE_PX, EDGE_ROOT = 0.3, 0.3  # differences of depth, of the root image's channels together, that end a surface
 PROBE_PX = 0.25  # change of blur at which the misfit's slope is taken
+HIDDEN_RATE = 4.0  # of what near edges hide, which few frames show: it bends the misfit less
 UNEXPLAINED = 2.0  # times the median misfit: pixels with more say little about depth
 LEAST_CURVATURE = 3e-4  # of the misfit per px of blur squared: where nothing tells depth, it stays
 MOVES_AT = 0.4  # share of the steps before moves: the image fits by then, and enough are left to settle
@@ -138,7 +139,8 @@ def refine(
 class Misfit:
     """A captured stack, and how badly it is rendered from an all-in-focus image and a depth.
 
-    Images come as `root_of` them: there shot noise has the same size everywhere, and fitting is well-conditioned.
+    Images come as `root_of` them: there shot noise has the same size everywhere, and fitting is well-conditioned. An
+    image is (3, H, W), or (6, H, W) with the background that near edges hide (`with_hidden`).
     """
 
     def __init__(
@@ -161,16 +163,24 @@ class Misfit:
 
     def rendered(self, root: Tensor, inverse_depth_dpt: Tensor) -> Tensor:
         """The stack as this image and depth would give it, (S, 3, H, W), linear."""
+        aif, *behind = (root.square() - BLACK)[None].split(3, 1)
+        depth, kappa = inverse_depth_dpt[None, None], self.kappa[None]
         return render_stack(
-            (root.square() - BLACK)[None],
-            inverse_depth_dpt[None, None],
+            aif,
+            depth,
             self.focus_dpt[None],
-            self.kappa[None],
+            kappa,
+            hidden=Hidden(behind[0], hidden_inverse_depth(depth, kappa)) if behind else None,
             model=self.model,
             psf=self.psf,
             gaussian_gain=GAUSSIAN_GAIN,
             floor_px=FLOOR_PX,
         )[0]
+
+    def with_hidden(self, root: Tensor, inverse_depth_dpt: Tensor) -> Tensor:
+        """`root` (3, H, W) and a first guess of what near edges hide, (6, H, W); `fitted` improves both."""
+        hidden_dpt = hidden_inverse_depth(inverse_depth_dpt[None, None], self.kappa[None])[0, 0]
+        return torch.cat([root, continued_behind(root, inverse_depth_dpt, hidden_dpt, self.kappa)])
 
     def __call__(self, root: Tensor, inverse_depth_dpt: Tensor) -> Tensor:
         """Charbonnier difference of every rendered value, (S, 3, H, W), 0 where the frames hold no data."""
@@ -208,7 +218,8 @@ class ImageDescent:
     def __init__(self, root: Tensor, misfit: Misfit) -> None:
         self.root, self.velocity, self.last = root, torch.zeros_like(root), float("inf")
         # each of S frames bends the sum of differences by up to 1 / CHARBONNIER
-        self.rate = CHARBONNIER / len(misfit.frames) * float(misfit.values)
+        self.rate = CHARBONNIER / len(misfit.frames) * float(misfit.values) * torch.ones_like(root[:, :1, :1])
+        self.rate[3:] *= HIDDEN_RATE
 
     @torch.no_grad()
     def step(self, gradient: Tensor, loss: float) -> None:

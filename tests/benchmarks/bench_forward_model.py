@@ -4,13 +4,14 @@
 
 Stacks are aperture-sampled (`capture/optics.py`), which no renderer here shares. Every candidate depth gets the sharp
 image that suits it best: STEPS of `refine`'s own image descent from the plane sweep's image, depth fixed
-(`notes/forward-model.md` section 1). Judged is the window of each scene with most depth edges, where the models differ;
+(`notes/forward-model.md` section 1); under `occlusion` background that near edges hide, derived from every candidate
+the same way, is fitted along. Judged is the window of each scene with most depth edges, where the models differ;
 a margin as wide as the widest blur does not count, since light from outside the window reaches it.
 
 Wins are counted over everything. The last column leaves out, for every candidate alike, values with light that reached
-the lens round a near surface from background that the sharp view does not show: one layer of depth and image cannot
-give it. It tells how much of a loss is due to that, and is no goal: only the simulator knows where such light is, and
-as it lies beside the truth's own edges, leaving it out favours the truth.
+the lens round a near surface from background that the sharp view does not show. It tells how much of a loss is due to
+that, and is no goal: only the simulator knows where such light is, and as it lies beside the truth's own edges, leaving
+it out favours the truth. `--without-hidden` has one layer of depth and image only, which cannot give such light.
 
 Self-supervision is worth as much as this table says. Results go to bench-results/forward_model.json.
 """
@@ -61,11 +62,21 @@ MODELS: tuple[Model, ...] = ("gather", "scatter", "occlusion")
 
 
 def best_misfit(
-    frames: Tensor, start: Tensor, depth: Tensor, focus: Tensor, kappa: Tensor, model: Model, psf: PsfShape
+    frames: Tensor,
+    start: Tensor,
+    depth: Tensor,
+    focus: Tensor,
+    kappa: Tensor,
+    model: Model,
+    psf: PsfShape,
+    hidden: bool,
 ) -> Tensor:
     """Charbonnier difference of the stack at this depth with the sharp image fitted to it, (S, 3, H, W)."""
     misfit = Misfit(frames, focus, kappa, model=model, psf=psf)
-    root = misfit.fitted(root_of(start), depth, STEPS)
+    root = root_of(start)
+    if hidden and model == "occlusion":
+        root = misfit.with_hidden(root, depth)
+    root = misfit.fitted(root, depth, STEPS)
     with torch.no_grad():
         return misfit(root, depth)
 
@@ -88,7 +99,7 @@ def busiest_window(inverse_depth: np.ndarray) -> tuple[slice, slice]:
     return slice(int(top), int(top) + height), slice(int(left), int(left) + width)
 
 
-def losses_of(name: str, condition: str, models: tuple[Model, ...]) -> dict[str, dict[str, list[float]]]:
+def losses_of(name: str, condition: str, models: tuple[Model, ...], hidden: bool) -> dict[str, dict[str, list[float]]]:
     """Loss of every candidate depth under every model, for one scene: of all values, and without hidden light."""
     taken, psf = CONDITIONS[condition]
     foundation_stacks.STACK_CONDITIONS[condition] = taken
@@ -111,7 +122,7 @@ def losses_of(name: str, condition: str, models: tuple[Model, ...]) -> dict[str,
     losses: dict[str, dict[str, list[float]]] = {model: {} for model in models}
     for model in models:
         for candidate, depth in candidates.items():
-            misfit = best_misfit(frames[window], aif, depth[window], focus, kappa, model, psf)[inner].mean(1)
+            misfit = best_misfit(frames[window], aif, depth[window], focus, kappa, model, psf, hidden)[inner].mean(1)
             losses[model][candidate] = [float(misfit.mean()), float(misfit[shown[inner]].mean())]
     return losses
 
@@ -127,6 +138,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--scenes", nargs="*", default=None)
     parser.add_argument("--conditions", nargs="*", default=list(CONDITIONS), choices=list(CONDITIONS))
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--without-hidden", action="store_true", help="occlusion as one layer of depth and image")
     parser.add_argument("--output", type=Path, default=Path("bench-results/forward_model.json"))
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -138,7 +150,7 @@ def main(argv: list[str]) -> None:
         found = []
         for name in names:
             start = time.process_time()
-            found.append(losses_of(name, condition, tuple(options.models)))
+            found.append(losses_of(name, condition, tuple(options.models), not options.without_hidden))
             print(f"# {condition}, {name}: {time.process_time() - start:.0f} CPU s", flush=True)
         for model in options.models:
             margins, shown = zip(*(margins_of(scene[model]) for scene in found), strict=True)

@@ -153,22 +153,37 @@ def scatter(
 
 
 def occlusion(
-    aif: Tensor, inverse_depth_dpt: Tensor, focus_dpt: Tensor, kappa: Tensor, psf: Psf, layers: Layers
+    aif: Tensor,
+    inverse_depth_dpt: Tensor,
+    focus_dpt: Tensor,
+    kappa: Tensor,
+    psf: Psf,
+    layers: Layers,
+    hidden: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """(S, 3, H, W): near to far, colour and opacity over E_l, light through what is open, renormalised; as written."""
+    """(S, 3, H, W): near to far, colour and opacity over E_l, light through what is open, renormalised; as written.
+
+    `hidden`, an image (3, H, W) and inverse depth (H, W), counts from one layer behind the pixel on, fully from two on.
+    """
     weights = hats(inverse_depth_dpt, layers).flip(0)
     planes = layers.inverse_depth_dpt(focus_dpt).flip(0)
+    hidden_aif, hidden_dpt = hidden or (aif, inverse_depth_dpt.detach())
+    hidden_weights = hats(hidden_dpt, layers).flip(0)
+    counts = ((inverse_depth_dpt - planes[:, None, None]) / layers.step_dpt - 1).clamp(0, 1)
     frames = []
     for focus, gain in zip(focus_dpt, kappa, strict=True):
         light, norm, opening = torch.zeros_like(aif), torch.zeros_like(aif[0]), torch.ones_like(aif[0])
         for index, plane in enumerate(planes):
             coc_px = gain * (focus - plane)
             own, behind = weights[index], weights[index:].sum(0)
+            hidden_own = counts[index] * hidden_weights[index]
+            behind = behind + counts[index] * hidden_weights[index:].sum(0)
+            light_here, own = aif * own + hidden_aif * hidden_own, own + hidden_own
             if float(own.detach().max()) == 0:
                 continue
             e = blur(behind[None], coc_px, psf)[0].clamp_min(1e-3)
             alpha = blur(own[None], coc_px, psf)[0] / e
-            light = light + opening * blur(aif * own, coc_px, psf) / e
+            light = light + opening * blur(light_here, coc_px, psf) / e
             norm = norm + opening * alpha
             opening = opening * (1 - alpha)
         frames.append(light / norm)

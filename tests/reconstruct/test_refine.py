@@ -144,3 +144,17 @@ def test_missing_pixels_do_not_count(stack):
     moved = (refined.inverse_depth_dpt - stack.start.inverse_depth_dpt).abs() * stack.kappa.mean() / 4
     assert torch.isfinite(refined.inverse_depth_dpt).all()
     assert moved[-5:].mean() < 1  # light of 1000 would have thrown it far
+
+
+def test_hidden_background_speaks_for_the_truth(stack):
+    """Light from behind near edges has a place then, so the truth fits better; a wrong depth gains less from it."""
+    misfit = Misfit(stack.frames, stack.focus, stack.kappa)
+
+    def left(depth, hidden):
+        root = root_of(stack.start.aif)
+        root = misfit.fitted(misfit.with_hidden(root, depth) if hidden else root, depth, 12)
+        return float(misfit(root, depth).sum())
+
+    gains = [left(depth, False) / left(depth, True) for depth in (stack.truth, stack.start.inverse_depth_dpt)]
+    assert gains[0] > 1.1
+    assert gains[0] > gains[1]

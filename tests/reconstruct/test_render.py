@@ -6,7 +6,15 @@ import pytest
 import torch
 
 import reconstruct.render as render_module
-from reconstruct.render import Layers, Psf, published_blur, render_stack
+from reconstruct.render import (
+    Hidden,
+    Layers,
+    Psf,
+    continued_behind,
+    hidden_inverse_depth,
+    published_blur,
+    render_stack,
+)
 from tests.reconstruct import render_reference
 
 F64 = torch.float64
@@ -23,6 +31,15 @@ def scene(height=20, width=26, frames=3, seed=0):
     focus = torch.linspace(1.5, 0.25, frames, dtype=F64)[None]
     kappa = torch.full((1, frames), 6.0, dtype=F64) + torch.arange(frames, dtype=F64)
     return aif, slant[None, None], focus, kappa
+
+
+def something_hidden(aif, depth):
+    """Background behind the step of `scene`, and something nearer yet far behind it, in other colours."""
+    rng = torch.Generator().manual_seed(4)
+    behind = depth.detach().clone()
+    behind[depth > 1.2] = 0.47
+    behind[..., -1:][depth[..., -1:] > 0.7] = 0.31
+    return Hidden(torch.rand(aif.shape, generator=rng, dtype=F64), behind)
 
 
 def relative(a, b):
@@ -85,6 +102,66 @@ def test_layers_are_their_definition_in_values_and_gradients(model, psf):
         assert relative(a, b) < (5e-6 if psf.shape == "gaussian" else 0.1)
 
 
+@pytest.mark.parametrize("psf", PSFS, ids=lambda psf: psf.shape)
+def test_hidden_background_is_its_definition_in_values_and_gradients(psf):
+    aif, depth, focus, kappa = (t.requires_grad_() for t in (scene() if psf.shape == "gaussian" else scene(14, 15, 2)))
+    hidden = something_hidden(aif, depth)
+    hidden.aif.requires_grad_()
+    layers = Layers.spanning(torch.stack([depth.detach(), hidden.inverse_depth_dpt]), kappa, 2.5)
+    behind = hidden.aif[0], hidden.inverse_depth_dpt[0, 0]
+    expected = render_reference.occlusion(aif[0], depth[0, 0], focus[0], kappa[0], psf, layers, behind)
+    options = {"psf": psf.shape, "gaussian_gain": psf.gain, "floor_px": psf.floor_px}
+    found = render_stack(aif, depth, focus, kappa, hidden=hidden, **options)[0]
+    assert relative(found, expected) < (1e-6 if psf.shape == "gaussian" else 1e-2)
+    assert relative(render_stack(aif, depth, focus, kappa, **options)[0], expected) > 0.05
+    inputs = [aif, depth, focus, kappa, hidden.aif]
+    teacher = torch.rand(expected.shape, generator=torch.Generator().manual_seed(3), dtype=F64)
+    wanted = torch.autograd.grad((expected * teacher).sum(), inputs)
+    got = torch.autograd.grad((found * teacher).sum(), inputs)
+    for a, b in zip(got, wanted, strict=True):
+        assert relative(a, b) < (5e-6 if psf.shape == "gaussian" else 0.1)
+
+
+@pytest.mark.parametrize("psf", ["gaussian", "disc"])
+def test_hidden_background_gradcheck(psf):
+    aif, depth, focus, kappa = scene(8, 9, 2)
+    hidden = something_hidden(aif, depth)
+
+    def rendered(aif, depth, focus, behind):
+        return render_stack(aif, depth, focus, kappa, psf=psf, hidden=hidden._replace(aif=behind))
+
+    inputs = tuple(t.requires_grad_() for t in (aif, depth, focus, hidden.aif.clone()))
+    assert torch.autograd.gradcheck(rendered, inputs, fast_mode=True)
+
+
+def test_what_is_hidden_at_a_pixel_s_own_depth_is_not_seen():
+    aif, depth, focus, kappa = scene()
+    rendered = render_stack(aif, depth, focus, kappa, hidden=Hidden(1 - aif, depth))
+    assert torch.equal(rendered, render_stack(aif, depth, focus, kappa))
+
+
+def test_hidden_background_belongs_to_occlusion():
+    aif, depth, focus, kappa = scene()
+    with pytest.raises(ValueError, match="hidden background"):
+        render_stack(aif, depth, focus, kappa, model="scatter", hidden=Hidden(aif, depth))
+
+
+def test_a_farther_surface_goes_on_behind_a_near_edge_as_far_as_the_lens_sees():
+    kappa = torch.tensor([[4.0, 5.0]])
+    depth = torch.full((1, 1, 9, 30), 1.0)
+    depth[..., 10:] = 3.0  # 10 px of CoC nearer: seen 5 px behind
+    depth[..., 28:] = 3.3  # 1.5 px nearer: less than a pixel
+    hidden = hidden_inverse_depth(depth, kappa)
+    expected = depth.clone()
+    expected[..., 10:15] = 1.0
+    assert torch.equal(hidden, expected)
+    image = torch.rand(3, 9, 30, generator=torch.Generator().manual_seed(5))
+    image[:, :, 10:] = 1.0
+    image[:, :, :10] *= 0.2
+    filled = continued_behind(image, depth[0, 0], hidden[0, 0], kappa[0])
+    assert filled[:, :, 10:15].max() < 0.2
+
+
 @pytest.mark.parametrize("psf", ["gaussian", "disc"])
 @pytest.mark.parametrize("model", ["scatter", "occlusion"])
 def test_layers_gradcheck(model, psf):
@@ -145,12 +222,15 @@ def tiles_of_35(height, width, reach):
             )
 
 
-@pytest.mark.parametrize("model", ["scatter", "occlusion", "gather"])
+@pytest.mark.parametrize("model", ["scatter", "occlusion", "gather", "occlusion, hidden"])
 @pytest.mark.parametrize("psf", ["gaussian", "disc"])
 def test_tiles_leave_no_seam(monkeypatch, model, psf):
+    model, *with_hidden = model.split(", ")
+
     def values():
         inputs = [t.requires_grad_() for t in scene(70, 90, 2)]
-        out = render_stack(*inputs, model=model, psf=psf)
+        hidden = something_hidden(*inputs[:2]) if with_hidden else None
+        out = render_stack(*inputs, model=model, psf=psf, hidden=hidden)
         teacher = torch.rand(out.shape, generator=torch.Generator().manual_seed(4), dtype=F64)
         return [out, *torch.autograd.grad((out * teacher).sum(), inputs)]
 
