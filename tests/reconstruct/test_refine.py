@@ -152,7 +152,7 @@ def test_hidden_background_speaks_for_the_truth(stack):
 
     def left(depth, hidden):
         root = root_of(stack.start.aif)
-        root = misfit.fitted(misfit.with_hidden(root, depth) if hidden else root, depth, 12)
+        root = misfit.fitted(misfit.with_hidden(root, depth) if hidden else root, depth, 6)
         return float(misfit(root, depth).sum())
 
     gains = [left(depth, False) / left(depth, True) for depth in (stack.truth, stack.start.inverse_depth_dpt)]
