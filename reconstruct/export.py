@@ -18,7 +18,7 @@ from capture.errors import DataError, UsageError
 DepthUnit = Literal["mm", "um"]
 UNITS_PER_METRE: dict[str, float] = {"mm": 1e3, "um": 1e6}
 EXTRA_FORMATS = ("glb", "tiff", "exr", "nerfstudio")
-_TURBO_LUT = cv2.applyColorMap(np.arange(256, dtype=np.uint8)[:, None], cv2.COLORMAP_TURBO)[:, 0, ::-1]
+_TURBO_RGB = cv2.applyColorMap(np.arange(256, dtype=np.uint8)[:, None], cv2.COLORMAP_TURBO)[..., ::-1].copy()
 _UNKNOWN_RGB = (40, 40, 40)
 
 
@@ -51,7 +51,7 @@ def write_depth_png(path: Path, depth_m: NDArray[np.float32], unit: DepthUnit = 
 
 def write_png(path: Path, image: NDArray[np.uint8] | NDArray[np.uint16], exif: bytes | None = None) -> None:
     """Write an RGB (H, W, 3) or grey (H, W) image as PNG, with an EXIF block (TIFF bytes) if given."""
-    ok, encoded = cv2.imencode(".png", np.ascontiguousarray(image[..., ::-1]) if image.ndim == 3 else image)
+    ok, encoded = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR) if image.ndim == 3 else image)
     if not ok:
         raise DataError(f"{path}: cannot encode an image of shape {image.shape} as PNG")
     data = encoded.tobytes()
@@ -72,7 +72,7 @@ def colorize(values: NDArray[np.floating], low: float, high: float) -> NDArray[n
     """Turbo colours (H, W, 3) for `values` between `low` (blue) and `high` (red); NaN is dark grey."""
     scaled = (values - low) / max(high - low, 1e-12)
     index = np.clip(np.nan_to_num(scaled) * 255, 0, 255).astype(np.uint8)
-    rgb = _TURBO_LUT[index]
+    rgb = cv2.applyColorMap(index, _TURBO_RGB)  # three times as fast as indexing, which at 100 MP took seconds
     rgb[~np.isfinite(values)] = _UNKNOWN_RGB
     return rgb
 
