@@ -55,12 +55,14 @@ def train_command(
     if dry_run:
         _print_plan(settings, stacks, recipe, str(target))
         return
-    if recipe is not None:
-        from reconstruct.train import pretrain
+    from reconstruct.train import is_first_process, pretrain
 
-        print(pretrain(settings, out, pool or out / "pool", device=target, resume=resume))
-        return
-    _train_on_stacks(stacks or [], out, settings, init, refine, lens, resume, device)
+    if recipe is not None:
+        said = str(pretrain(settings, out, pool or out / "pool", device=target, resume=resume))
+    else:
+        said = _train_on_stacks(stacks or [], out, settings, init, refine, lens, resume, device)
+    if is_first_process():
+        print(said)
 
 
 def _settings(config: Path | None, recipe: str | None, preset: str, init: str, steps: int | None) -> TrainConfig:
@@ -118,23 +120,24 @@ def _train_on_stacks(
     lens: Path | None,
     resume: bool,
     device: str,
-) -> None:
+) -> str:
+    """What there is to say of the run when it has ended."""
     from capture.lens import LensProfile
     from reconstruct.dataset import prepare_captured
     from reconstruct.device import pick_device
     from reconstruct.finetune import adapt, train_paper
     from reconstruct.predict import load_network
+    from reconstruct.train import is_first_process
 
     target = pick_device(device)
     profile = None if lens is None else LensProfile.read(lens)
     captured = prepare_captured(_files(locations), profile, out / "stacks")
     for stack in captured:
-        if not stack.metric:
+        if not stack.metric and is_first_process():
             print(f"{stack.name}: focus distances unknown; trained on in relative mode (ordered depth, no metres)")
     if settings.preset == "paper":
-        print(train_paper(captured, out, settings, device=target, resume=resume))
-        return
+        return str(train_paper(captured, out, settings, device=target, resume=resume))
     start = None if init == "none" else load_network(init, target, "default")
     result = adapt(captured, start, out, settings, device=target, refine_steps=refine, resume=resume)
-    print(result.table())
-    print(result.weights or "not better than its start on the withheld frames: not kept, go on with the old weights")
+    not_kept = "not better than its start on the withheld frames: not kept, go on with the old weights"
+    return f"{result.table()}\n{result.weights or not_kept}"

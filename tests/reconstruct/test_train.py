@@ -452,9 +452,17 @@ def run(*arguments):
 def test_dry_run_prints_the_plan(tmp_path, stack_file):
     result = run(stack_file, "-o", tmp_path / "run", "--dry-run", "--device", "cpu")
     assert result.exit_code == 0
-    assert "150 of 4 crops of 160 px" in result.stdout
+    assert f"{FINETUNE.steps} of {FINETUNE.batch} crops of {FINETUNE.crop_px} px" in result.stdout
     assert "GiB" in result.stdout
     assert not (tmp_path / "run").exists()
+
+
+def test_one_of_many_processes_prints_what_came_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("reconstruct.train.pretrain", lambda *given, **settings: "weights")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, said in (("0", "weights\n"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        assert run("--recipe", "default", "-o", tmp_path / "run", "--device", "cpu").stdout == said
 
 
 def test_memory_grows_with_the_batch():
