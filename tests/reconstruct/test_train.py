@@ -393,7 +393,7 @@ def test_evidence_is_gathered_once_and_turns_with_the_picture(tmp_path, stack_fi
         anew = net(batch.frames, batch.focus_dpt, batch.kappa).inverse_depth_dpt
     off_px = (kept - anew).abs() * batch.kappa.mean()
     assert off_px.median() < 0.01
-    assert (off_px > 0.1).float().mean() < 0.05  # as much of the sweep itself changes with a quarter turn; mixed up: 0.76
+    assert (off_px > 0.1).float().mean() < 0.05  # a quarter turn changes as much of the sweep itself; mixed up: 0.76
     assert not list(tmp_path.iterdir())
 
 
