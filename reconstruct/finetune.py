@@ -377,6 +377,8 @@ def adapt(
 
     Raises DataError when no stack has three frames: then nothing can be withheld to judge by.
     """
+    if all(withheld_frame(stack) < 0 for stack in stacks):
+        raise DataError("every stack has two frames only: none can be withheld to judge by; capture at least three")
     run.mkdir(parents=True, exist_ok=True)
 
     def taught(task: DistilTask, states: Path) -> DefaultNet | PaperNet:
@@ -393,11 +395,11 @@ def adapt(
         return prepare_lessons(stacks, start, refine_steps, device, run, withhold=withhold)
 
     judge = DistilTask(lessons(withhold=True), config, device, run)
-    judged = [lesson for lesson in judge.lessons if lesson.withheld >= 0]
-    if not judged:
-        raise DataError("every stack has two frames only: none can be withheld to judge by; capture at least three")
     net = taught(judge, run if start is None else run / "judged")
-    before = {x.full.name: _sweep_error(x, device) for x in judged} if start is None else judge.errors(start.net)
+    if start is None:
+        before = {x.full.name: _sweep_error(x, device) for x in judge.lessons if x.withheld >= 0}
+    else:
+        before = judge.errors(start.net)
     after = judge.errors(net)
     if start is not None:
         if not reliably_lower(list(before.values()), list(after.values())):
