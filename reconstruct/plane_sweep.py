@@ -463,8 +463,8 @@ class BlurLevels:
         padded = luma[:, self._rows][:, :, self._cols]
         self._size = (padded.shape[1], padded.shape[2])
         detail = 1 - _transfer(*self._size, 4 * DETAIL_SIGMA_PX, "gaussian", str(luma.device))
-        bright = padded.mean((1, 2), keepdim=True)  # no detail, but most of what an FFT rounds
-        self._spectra = torch.fft.rfft2(padded - bright) * detail
+        # in float32 what an FFT rounds depends on its size, and decided between two hypotheses at 1 pixel in 10^5
+        self._spectra = torch.fft.rfft2(padded.double()) * detail
         self._levels: dict[tuple[int, int], Tensor] = {}
 
     def level(self, frame: int, index: int) -> Tensor:
@@ -476,7 +476,7 @@ class BlurLevels:
             blurred = torch.fft.irfft2(spectrum, s=self._size)
             height, width = self.luma.shape[1:]
             inside = blurred[self._pad : self._pad + height, self._pad : self._pad + width]
-            self._levels[frame, index] = inside.contiguous()
+            self._levels[frame, index] = inside.float()
         return self._levels[frame, index]
 
     def blurred(self, frame: int, diameter_px: float) -> Tensor:
@@ -516,17 +516,18 @@ def _transfer(height: int, width: int, diameter_px: float, psf: Psf, device: str
         torch.where(x > 1e-3, 2 * torch.special.bessel_j1(x) / x.clamp_min(1e-3), 1.0), s=(size, size)
     )
     offset = torch.arange(-reach, reach + 1)
-    radius = torch.hypot(offset[:, None].float(), offset[None].float())
+    radius = torch.hypot(offset[:, None].double(), offset[None].double())
     fade = ((reach - radius) / (RING_PX - 1)).clamp(0, 1)
     kernel = disc[offset % size][:, offset % size] * (0.5 - 0.5 * torch.cos(math.pi * fade))
-    grid = torch.zeros(height, width)
+    grid = torch.zeros(height, width, dtype=torch.float64)
     grid[(offset % height)[:, None], (offset % width)[None]] = kernel / kernel.sum()
     return torch.fft.rfft2(grid).real.contiguous().to(device)
 
 
 def _frequency(height: int, width: int) -> Tensor:
     """Cycles a pixel on an rfft2 grid."""
-    return torch.hypot(torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None])
+    rows, cols = torch.fft.fftfreq(height, dtype=torch.float64), torch.fft.rfftfreq(width, dtype=torch.float64)
+    return torch.hypot(rows[:, None], cols[None])
 
 
 def _stack_cost(
