@@ -7,7 +7,8 @@
 Parts: `zero` plane sweep and `default` as shipped in every optics and condition; `refine` the latter after 25
 refinement steps, in every condition of the DSLR's optics; `motorcycle` 640 x 480 x 5, errors and CPU seconds; `any`
 the same weights from 2 to 40 px/dpt, 2 to 15 frames, uneven spacing, shuffled. Trained on the stacks alone (DSLR,
-noisy): `tune` the shipped network fine-tuned on ten of the scenes and tried on the other five; `nothing` a new
+noisy): `tune` the shipped network fine-tuned on ten of the scenes and tried on the other five; `place` the same on
+three quarters of a full-size scene and tried on the fourth, which shows the same place, scene by scene; `nothing` a new
 `default`; `paper` the published network and training on a short budget; `faithful` the latter on one tiny stack, beside
 what notes/method.md section 7.6 reports of the published code. What is drawn at random is run with every seed.
 
@@ -18,6 +19,7 @@ Every answer is stored in bench-results/network.json as soon as it is there. Tho
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import tempfile
@@ -34,7 +36,7 @@ import torch
 
 from capture.lens import Lens
 from capture.optics import NOTES_FOCUS_M, NOTES_LENS, sweep_for_scene
-from capture.scenes import Scene, motorcycle, srgb_to_linear
+from capture.scenes import Scene, load_scene, motorcycle, srgb_to_linear
 from reconstruct import metrics
 from reconstruct.dataset import CapturedStack
 from reconstruct.estimate import Estimate
@@ -68,6 +70,7 @@ from tests.benchmarks.bench_foundation import (
 from tests.benchmarks.bench_refine import STEPS as REFINE_STEPS
 from tests.benchmarks.foundation_stacks import (
     OPTICS,
+    RGBD,
     ROOT,
     FoundationStack,
     foundation_stack,
@@ -78,7 +81,7 @@ from tests.benchmarks.foundation_stacks import (
 
 RESULT = ROOT / "bench-results" / "network.json"
 CONDITIONS = ("disc", "noisy", "mismatched")
-PARTS = ("zero", "refine", "motorcycle", "any", "tune", "nothing", "paper", "faithful")
+PARTS = ("zero", "refine", "motorcycle", "any", "tune", "place", "nothing", "paper", "faithful")
 CPU = torch.device("cpu")
 WITHOUT_WEIGHTS = {"nothing", "paper", "faithful"}  # parts that do not ask the shipped network
 BASE = ("dslr", "noisy")  # what is trained on
@@ -162,21 +165,36 @@ def refined(network: TrainedNetwork, stack: FoundationStack) -> dict[str, Scores
     return {"refined": scored(stack, answer, time.process_time() - start)}
 
 
-def tuned(network: TrainedNetwork, stacks: dict[str, FoundationStack], seed: int) -> Rows:
-    """Every scene before and after fine-tuning on two thirds of them; the others' methods end in "unseen"."""
-    names = sorted(stacks)
-    adapted = [name for i, name in enumerate(names) if i % 3]
+def tuned(network: TrainedNetwork, stacks: dict[str, FoundationStack], unseen: list[str], seed: int) -> Rows:
+    """Every stack before and after fine-tuning on all but the `unseen`, whose methods end in "unseen"."""
+    adapted = [captured(stack) for name, stack in stacks.items() if name not in unseen]
     config = FINETUNE.model_copy(update={"seed": seed})
     with tempfile.TemporaryDirectory() as folder:
-        result = adapt([captured(stacks[n]) for n in adapted], network, Path(folder), config, device=CPU)
-        print(result.table())
+        began = time.process_time()
+        result = adapt(adapted, network, Path(folder), config, device=CPU)
+        print(
+            f"{result.table()}\nadapted to {len(adapted)} stacks in {time.process_time() - began:.0f} CPU s", flush=True
+        )
         after = load_network(result.weights, CPU) if result.weights else network
     rows: Rows = {}
-    for name in names:
-        which = "" if name in adapted else " unseen"
-        rows[name] = {f"start{which}": scored(stacks[name], *by_network(network, stacks[name]))}
-        rows[name][f"tuned{which}"] = scored(stacks[name], *by_network(after, stacks[name]))
+    for name, stack in stacks.items():
+        which = " unseen" if name in unseen else ""
+        rows[name] = {f"start{which}": scored(stack, *by_network(network, stack))}
+        rows[name][f"tuned{which}"] = scored(stack, *by_network(after, stack))
     return rows
+
+
+def quarters(name: str) -> dict[str, FoundationStack]:
+    """Four stacks that share a place and a lens: the quarters of a scene at full size."""
+    whole = foundation_stack(load_scene(RGBD / name), *BASE)
+    height, width = whole.scene.height // 2, whole.scene.width // 2
+    corners = [(top, left) for top in (0, height) for left in (0, width)]
+    return {f"{name} {i}": whole.window(*corner, height, width) for i, corner in enumerate(corners)}
+
+
+def place_tuned(network: TrainedNetwork, name: str, unseen: int, seed: int) -> Rows:
+    """As `tuned`, on the `quarters` of one scene."""
+    return tuned(network, quarters(name), [f"{name} {unseen}"], seed)
 
 
 def from_nothing(stacks: dict[str, FoundationStack], steps: int, seeds: list[int], store: Store) -> list[Rows]:
@@ -445,6 +463,27 @@ def zero_goals(tables: dict[tuple[str, str], Rows]) -> list[Goal]:
     return found
 
 
+def tuned_methods(runs: list[Rows]) -> Methods:
+    """Start and fine-tuned, adapted and unseen, for `print_table`."""
+    return {f"{m}{which}": (runs, f"{m}{which}") for which in ("", " unseen") for m in ("start", "tuned")}
+
+
+def tuned_goals(runs: list[Rows], which: str) -> list[Goal]:
+    """Goals of fine-tuning; `which` stacks were not seen."""
+    found = []
+    for name, about, goal in (("", "adapted to", 0.85), (" unseen", f"unseen, {which}", 0.90)):
+        found += [
+            Goal(f"fine-tuned MAE / start ({about})", ratio(runs, f"tuned{name}", runs, f"start{name}"), goal),
+            Goal(
+                f"fine-tuned, not worse by 2 %, share ({about})",
+                better(runs, f"tuned{name}", f"start{name}", 0.02),
+                0.9,
+                at_least=True,
+            ),
+        ]
+    return found
+
+
 def ratio(runs: list[Rows], new: str, other: list[Rows], old: str) -> float:
     """Mean MAE of `new` over that of `old`, median of the runs."""
     return figures(runs, new, np.nanmean)["mae_coc_px"] / figures(other, old, np.nanmean)["mae_coc_px"]
@@ -459,6 +498,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--nothing-steps", type=int, default=200)
     parser.add_argument("--paper-steps", type=int, default=100)
+    parser.add_argument("--places", nargs="+", default=scene_names(), help="of the part `place`")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--output", type=Path, default=RESULT)
     chosen = parser.parse_args(argv)
@@ -500,12 +540,19 @@ def main(argv: list[str]) -> None:
         else {}
     )
     if "tune" in parts:
-        runs = [store.get(f"tune, seed {seed}", lambda seed=seed: tuned(network, stacks, seed)) for seed in seeds]
-        for name, goal in (("", 0.85), (" unseen", 0.90)):
-            tables[BASE] |= {f"{m}{name}": (runs, f"{m}{name}") for m in ("start", "tuned")}
-            goals.append(Goal(f"fine-tuned{name} MAE / start", ratio(runs, f"tuned{name}", runs, f"start{name}"), goal))
-            share = better(runs, f"tuned{name}", f"start{name}", 0.02)
-            goals.append(Goal(f"fine-tuned{name}, not worse by 2 %, share", share, 0.9, at_least=True))
+        unseen = list(stacks)[::3]
+        runs = [store.get(f"tune, seed {s}", lambda seed=s: tuned(network, stacks, unseen, seed)) for s in seeds]
+        tables[BASE] |= tuned_methods(runs)
+        goals += tuned_goals(runs, "other places")
+    if "place" in parts:
+        runs = []
+        for seed in seeds:
+            runs.append({})
+            for i, name in enumerate(chosen.places):
+                place = functools.partial(place_tuned, network, name, i % 4, seed)
+                runs[-1] |= store.get(f"place, {name}, seed {seed}", place)
+        tables["full size, a quarter each", "noisy"] = tuned_methods(runs)
+        goals += tuned_goals(runs, "same place")
     if "nothing" in parts:
         runs = from_nothing(stacks, chosen.nothing_steps, seeds, store)
         rows = over_scenes("nothing", by_sweep, BASE)

@@ -12,14 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from capture.scenes import Scene
 from reconstruct.estimate import Estimate
 from reconstruct.plane_sweep import plane_sweep
 from reconstruct.predict import load_network, predict
@@ -43,12 +41,7 @@ def started(start: str, stack: FoundationStack) -> Estimate:
 
 def middle(stack: FoundationStack, height: int, width: int) -> FoundationStack:
     """The window of this size in the middle of every frame."""
-    scene = stack.scene
-    top, left = (scene.height - height) // 2, (scene.width - width) // 2
-    window = slice(top, top + height), slice(left, left + width)
-    whole = (slice(None), *window)
-    part = Scene(scene.aif[window], scene.depth_m[window], scene.name)
-    return replace(stack, frames=stack.frames[whole], valid=stack.valid[whole], scene=part)
+    return stack.window((stack.scene.height - height) // 2, (stack.scene.width - width) // 2, height, width)
 
 
 def errors(estimate: Estimate, stack: FoundationStack) -> NDArray[np.float64]:

@@ -55,6 +55,12 @@ class FoundationStack:
     kappa: NDArray[np.float64]
     scene: Scene
 
+    def window(self, top: int, left: int, height: int, width: int) -> FoundationStack:
+        """The same window of every frame and of the truth."""
+        rows, cols = slice(top, top + height), slice(left, left + width)
+        scene = Scene(self.scene.aif[rows, cols], self.scene.depth_m[rows, cols], self.scene.name)
+        return replace(self, frames=self.frames[:, rows, cols], valid=self.valid[:, rows, cols], scene=scene)
+
 
 def scene_names() -> list[str]:
     return sorted(folder.name for folder in RGBD.iterdir() if (folder / "depth.png").is_file())
