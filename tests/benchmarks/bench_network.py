@@ -192,8 +192,9 @@ def quarters(name: str) -> dict[str, FoundationStack]:
     return {f"{name} {i}": whole.window(*corner, height, width) for i, corner in enumerate(corners)}
 
 
-def place_tuned(network: TrainedNetwork, name: str, unseen: int, seed: int) -> Rows:
-    """As `tuned`, on the `quarters` of one scene."""
+def place_tuned(network: TrainedNetwork, name: str, seed: int) -> Rows:
+    """As `tuned`, on the `quarters` of one scene; each in turn is the unseen one."""
+    unseen = scene_names().index(name) % 4
     return tuned(network, quarters(name), [f"{name} {unseen}"], seed)
 
 
@@ -548,8 +549,8 @@ def main(argv: list[str]) -> None:
         runs = []
         for seed in seeds:
             runs.append({})
-            for i, name in enumerate(chosen.places):
-                place = functools.partial(place_tuned, network, name, i % 4, seed)
+            for name in chosen.places:
+                place = functools.partial(place_tuned, network, name, seed)
                 runs[-1] |= store.get(f"place, {name}, seed {seed}", place)
         tables["full size, a quarter each", "noisy"] = tuned_methods(runs)
         goals += tuned_goals(runs, "same place")
