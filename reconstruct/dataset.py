@@ -69,6 +69,7 @@ class StackBatch:
         inverse_depth_dpt: truth, (B, 1, H, W), NaN where unknown; None for captured stacks.
         aif: true all-in-focus image, (B, 3, H, W), or None.
         prior: what the plane sweep knows, where it was asked before; else None.
+        exact: (B,), 1 where `inverse_depth_dpt` is the truth, 0 where it is an estimate; None for truth throughout.
     """
 
     frames: Tensor
@@ -77,6 +78,7 @@ class StackBatch:
     inverse_depth_dpt: Tensor | None = None
     aif: Tensor | None = None
     prior: Prior | None = None
+    exact: Tensor | None = None
 
     def to(self, device: torch.device) -> StackBatch:
         """The same batch on `device`."""

@@ -6,6 +6,7 @@ Images and stacks are linear RGB, (..., 3, H, W), 0 to 1; maps are (B, 1, H, W).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import NamedTuple
@@ -72,6 +73,15 @@ def l1(a: Tensor, b: Tensor) -> Tensor:
 def charbonnier(a: Tensor, b: Tensor, scale: float = CHARBONNIER_SCALE) -> Tensor:
     """Mean of sqrt(d^2 + scale^2) - scale: quadratic below `scale`, absolute above."""
     return ((a - b).square() + scale * scale).sqrt().mean() - scale
+
+
+def laplace_surprise(error: Tensor, std: Tensor) -> Tensor:
+    """Negative log-likelihood of each `error` under a Laplace distribution of that `std`, but for a constant.
+
+    log b + |error| / b with b = std / sqrt(2); lowest where b is the usual |error|.
+    """
+    scale = std / math.sqrt(2.0)
+    return scale.log() + error.abs() / scale
 
 
 def ssim_map(a: Tensor, b: Tensor) -> Tensor:

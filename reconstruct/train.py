@@ -28,6 +28,7 @@ from capture.errors import DataError, UsageError
 from reconstruct.checkpoint import latest_state, load_state, save_state, save_weights
 from reconstruct.dataset import PHOTOGRAPHS, ScenePool, SimulatedBatches, StackBatch
 from reconstruct.device import own_share
+from reconstruct.losses import laplace_surprise
 from reconstruct.memory import ran_out
 from reconstruct.network import DefaultNet, NetworkOutput, PaperNet, build, place_hypotheses
 
@@ -117,8 +118,7 @@ def supervised_terms(output: NetworkOutput, batch: StackBatch, config: TrainConf
     index = below.long()[:, None]
     entropy = -(log_p.gather(1, index)[:, 0] * (1 - upper) + log_p.gather(1, index + 1)[:, 0] * upper)
     distribution = (entropy * known[:, 0, ::2, ::2]).mean() / share
-    scale_px = output.std_dpt * kappa / math.sqrt(2.0)
-    spread = ((torch.log(scale_px) + error_px.detach().abs() / scale_px) * known).mean() / share
+    spread = (laplace_surprise(error_px.detach(), output.std_dpt * kappa) * known).mean() / share
     aif = (output.aif.clamp_min(1e-4).sqrt() - batch.aif.clamp_min(1e-4).sqrt()).abs().mean()
     return SupervisedTerms(
         depth,
@@ -339,7 +339,8 @@ def fit(
                     apart = isinstance(model, nn.parallel.DistributedDataParallel) and turn < config.accumulate - 1
                     with model.no_sync() if apart else nullcontext():  # type: ignore[operator]
                         with torch.autocast(device.type, torch.bfloat16, enabled=_bf16(device)):
-                            output = model(batch.frames, batch.focus_dpt, batch.kappa, prior=batch.prior)
+                            optics = batch.focus_dpt, batch.kappa
+                            output = model(batch.frames, *optics, prior=batch.prior, with_aif=batch.aif is not None)
                         terms = task.terms(output, batch)
                         _check_finite(terms, step, run)
                         (weight * torch.stack(list(terms)).sum()).backward()

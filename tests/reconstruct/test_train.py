@@ -21,12 +21,13 @@ from capture.config import load_yaml
 from capture.errors import DataError, UsageError
 from capture.lens import Lens
 from capture.stack import write_stack
+from reconstruct import finetune
 from reconstruct.checkpoint import latest_state, load_state, load_weights, save_weights
 from reconstruct.cli import app
 from reconstruct.dataset import ScenePool, StackBatch, load_captured
 from reconstruct.finetune import FINETUNE, DistilTask, Lesson, PhotometricTask, adapt, train_paper, withheld_frame
 from reconstruct.network import DefaultNet, NetworkOutput, build
-from reconstruct.predict import load_network, wrap
+from reconstruct.predict import load_network, predict, wrap
 from reconstruct.train import (
     RECIPE,
     SimulatedTask,
@@ -404,6 +405,36 @@ def test_adaptation_that_does_not_help_is_not_kept(tmp_path, stack_file):
     assert result.weights is None
     assert not (tmp_path / "weights.safetensors").exists()
     assert "scene" in result.table()
+
+
+def test_spread_is_learned_from_retakes_alone(tmp_path, stack_file):
+    """They have the truth; a refined map does not, and being far from it says little."""
+    lesson = Lesson.prepare(load_captured(stack_file), None, 0, CPU, tmp_path)
+    task, net = DistilTask([lesson], QUICK.model_copy(update={"batch": 6}), CPU, tmp_path), new_net()
+    batch = task.batch(1)
+    assert 0 < batch.exact.sum() < 6  # both kinds are in it
+    output = net(batch.frames, batch.focus_dpt, batch.kappa, prior=batch.prior)
+    output.std_dpt.retain_grad()
+    terms = task.terms(output, batch)
+    terms.spread.backward(retain_graph=True)
+    assert torch.equal(output.std_dpt.grad.abs().amax((1, 2, 3)) > 0, batch.exact > 0)
+    output.std_dpt.grad = None
+    (terms.depth + terms.gradient).backward()
+    assert output.std_dpt.grad is None
+
+
+def test_adapted_network_doubts_as_much_as_its_start(tmp_path, stack_file, monkeypatch):
+    monkeypatch.setattr(finetune, "reliably_lower", lambda before, after: True)
+    start, stack = load_network("default", CPU), load_captured(stack_file)
+    config = QUICK.model_copy(update={"warmup_steps": 0})
+    result = adapt([stack], start, tmp_path, config, device=CPU, refine_steps=0)
+    after = load_network(result.weights, CPU)
+    spreads = [predict(x, stack.frames, stack.focus_dpt, stack.kappa).std_dpt.log().mean() for x in (start, after)]
+    narrower = np.log(after.std_gain / start.std_gain)
+    assert abs(narrower) > 0.01
+    assert abs(spreads[1] - spreads[0]) < 0.1 * abs(narrower)
+    before, now = start.net.state_dict(), after.net.state_dict()
+    assert {name.split(".")[0] for name in now if torch.equal(before[name], now[name])} == set(finetune.IMAGE_HEAD)
 
 
 def test_network_from_nothing_is_written_with_its_teacher(tmp_path, stack_file):
