@@ -151,7 +151,10 @@ class DefaultNet(nn.Module):
         count = SWEEP.hypotheses
         w1, w2, w3, w4 = width, width * 3 // 2, width * 2, width * 3
         self.encoder = nn.Sequential(
-            nn.Conv2d(3, 16, 5, 2, 2), nn.LeakyReLU(0.1), nn.Conv2d(16, self.FEATURES, 3, 1, 1), nn.LeakyReLU(0.1)
+            nn.Conv2d(3, 16, 5, 2, 2),
+            nn.LeakyReLU(0.1, True),
+            nn.Conv2d(16, self.FEATURES, 3, 1, 1),
+            nn.LeakyReLU(0.1, True),
         )
         self.profile = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, self.HEADS))
         self.mix = nn.Conv2d(count * (3 + self.HEADS), 64, 1)
@@ -217,55 +220,57 @@ class DefaultNet(nn.Module):
             swept, swept_error_px = prior.inverse_depth_dpt, prior.error_px
             cost, smooth = mean_2x2(prior.cost), mean_2x2(prior.total)
             least, typical = cost.amin(1, keepdim=True), cost.mean(1, keepdim=True)
-            smooth = smooth - smooth.amin(1, keepdim=True)
-            base = -smooth / (1.0 + smooth / self.SATURATION)  # (B, D, h, w): a hypothesis is never ruled out
+            cost.sub_(least).clamp_max_(4.0).div_(2)
+            smooth.sub_(smooth.amin(1, keepdim=True))
+            base = smooth / (smooth / -self.SATURATION).sub_(1.0)  # (B, D, h, w): a hypothesis is never ruled out
             error_px = swept_error_px[..., ::2, ::2]
-            away = ((tested - swept[..., ::2, ::2]) * px_per_dpt).abs() / (error_px + 0.5)
-            answer = -away / (1.0 + away / 4.0)
+            away = (tested - swept[..., ::2, ::2]).abs_().mul_(px_per_dpt / (error_px + 0.5))
+            answer = away / (away / -4.0).sub_(1.0)
             local = F.avg_pool2d(frames.mean((1, 2))[:, None], (9, 1), 1, (4, 0), count_include_pad=False)
             local = F.avg_pool2d(local, (1, 9), 1, (0, 4), count_include_pad=False)
             local = local + 0.05 * prior.brightness
             edges = prior.sharp * (prior.brightness / GREY) / local - 1.0
 
         # local contrast, normalised alike in all frames of a stack
-        contrast = (frames / local[:, :, None] - 1.0).flatten(0, 1)
+        contrast = (frames / local[:, :, None] - 1.0).flatten(0, 1).contiguous(memory_format=torch.channels_last)
         features = self.encoder(contrast).unflatten(0, (size_b, size_s))  # (B, S, heads * per_head, h, w)
-        weights = self._frame_weights(coc_px, valid, half)
-        pooled = _pool_frames(weights, features[:, :, : self.HEADS])  # (B, D, heads, h, w)
 
-        where = self.place(self._hypothesis_features(coc_px, hypotheses.step_px).flatten(1))[..., None]
-        parts = [(cost - least).clamp_max(4.0) / 2, base, answer, pooled.flatten(1, 2)]
-        weights = self.mix.weight.split([x.shape[1] for x in parts], 1)
-        mixed = (where + self.mix.bias[:, None]).repeat(1, 1, half[0] * half[1])  # type: ignore[index]
-        for part, weight in zip(parts, weights, strict=True):
-            mixed.baddbmm_(weight.flatten(1).expand(size_b, -1, -1), part.flatten(2))
-        del parts, part, pooled  # a quarter of all memory
-        mixed = F.leaky_relu_(mixed, 0.1).unflatten(2, half)
+        where = self.place(self._hypothesis_features(coc_px, hypotheses.step_px).flatten(1)) + self.mix.bias
+        count = tested.shape[1]
+        *weights, weight = self.mix.weight[:, :, 0, 0].t().split([count, count, count, count * self.HEADS])
+        parts = [*zip((cost, base, answer), weights, strict=True)]
+        parts.append(self._pooled(coc_px, features[:, :, : self.HEADS], valid, weight))
+        mixed = where[:, None].repeat(1, half[0] * half[1], 1)  # (B, h w, 64)
+        for part, weight in parts:
+            mixed.baddbmm_(part.flatten(2).mT, weight.expand(size_b, -1, -1))
+        del parts, part, cost
+        mixed = F.leaky_relu_(mixed, 0.1).mT.unflatten(2, half)
+        last = features.permute(0, 1, 3, 4, 2)  # over frames as they lie in memory: several times as fast
+        pooled = [over(1).permute(0, 3, 1, 2) for over in (last.mean, last.amax)]
         signs = [least - 0.7, typical - 1.5, error_px.log()]
-        x1 = self.stem(torch.cat([mixed, features.mean(1), features.amax(1), *signs], 1))
+        x1 = self.stem(_beside(mixed, *pooled, *signs))
         x2 = self.down2(x1)
         x3 = self.down3(x2)
         x = self.down4(x3)
-        x = self.up3(torch.cat([_twice(x), x3], 1))
-        x = self.up2(torch.cat([_twice(x), x2], 1))
-        x = self.up1(torch.cat([_twice(x), x1], 1))
+        x = self.up3(_beside(_twice(x), x3))
+        x = self.up2(_beside(_twice(x), x2))
+        x = self.up1(_beside(_twice(x), x1))
 
-        change = self.BOUND * torch.tanh(self.logit(x) / self.BOUND)
+        change = self.BOUND * torch.tanh(self.logit(x).contiguous() / self.BOUND)
         logits = F.softplus(self.temperature) * base + F.softplus(self.trust) * answer + change
         probability = logits.softmax(1)
         mean = (probability * tested).sum(1, keepdim=True)  # (B, 1, h, w)
         variance = (probability * (tested - mean) ** 2).sum(1, keepdim=True)
 
         # full size
-        detail = self.detail(F.leaky_relu(self.guide(torch.cat([x, F.pixel_unshuffle(edges, 2)], 1)), 0.1))
-        neighbours = detail[:, :36].unflatten(1, (9, 4)).softmax(1)
+        detail = self.detail(F.leaky_relu_(self.guide(_beside(x, F.pixel_unshuffle(edges, 2))), 0.1))
+        neighbours = detail[:, :36].contiguous().unflatten(1, (9, 4)).softmax(1)
         opinion = _convex_twice(mean, neighbours)
         spread_px = (_convex_twice(variance, neighbours).clamp_min(0.0).sqrt() * px_per_dpt + 0.1).log()
         away_px = (opinion - swept) * px_per_dpt
         signs = [edges, spread_px, swept_error_px.log(), torch.tanh(away_px), torch.tanh(away_px / 6)]
         around = self._cost_around(prior.cost, swept, opinion, hypotheses)
-        fine = torch.cat([F.pixel_shuffle(detail[:, 36:], 2), *signs, around], 1)
-        fine = self.fine(fine.contiguous(memory_format=torch.channels_last))  # so few channels are twice as fast last
+        fine = self.fine(_beside(F.pixel_shuffle(detail[:, 36:], 2), *signs, *around.split(1, 1)))
         follow, beyond, doubt = self.answer(fine).contiguous().split(1, 1)
         inverse_depth = swept + torch.sigmoid(follow) * (opinion - swept)
         inverse_depth = inverse_depth + self.FINE_BOUND_PX * torch.tanh(beyond / self.FINE_BOUND_PX) / px_per_dpt
@@ -297,22 +302,29 @@ class DefaultNet(nn.Module):
             signs = [step, slope.clamp(-2, 2), (1 + 8 * bend.clamp(0.0, 4.0)).log(), (centre - 0.7).clamp(-1, 3)]
             return torch.cat([*signs, (there - centre).clamp(-3, 3), spacing], 1)
 
-    def _frame_weights(self, coc_px: Tensor, valid: Tensor | None, half: tuple[int, int]) -> Tensor:
-        """Weights of the frames at each hypothesis, a function of signed CoC only; (B, D, S, heads[, h, w])."""
+    def _pooled(self, coc_px: Tensor, features: Tensor, valid: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """What the mix gets of `features` (B, S, heads, h, w), (B, K, h, w), and the (B, K, 64) it is weighted with.
+
+        For each hypothesis the frames are averaged; a frame's share is a function of its signed CoC only, and of where
+        it holds data. `weight` (D heads, 64) is for these averages.
+        """
         size = coc_px.abs()
-        features = [
+        signs = [
             torch.tanh(coc_px / 2),
             torch.tanh(coc_px / 8),
             size / (size + 1),
             size / (size + 4),
             size / (size + 16),
+            torch.tanh((size.amin(2, keepdim=True) - size) / 8),
         ]
-        features.append(size.amin(2, keepdim=True) - size)
-        logits = self.profile(torch.stack([*features[:-1], torch.tanh(features[-1] / 8)], -1))
-        if valid is None:
-            return logits.softmax(2)
-        seen = F.interpolate(valid.to(logits.dtype), size=half, mode="area")[:, None, :, None]
-        return (logits[..., None, None] + torch.log(seen + 1e-4)).softmax(2)
+        shares = self.profile(torch.stack(signs, -1)).softmax(2)  # (B, D, S, heads)
+        weight = weight.unflatten(0, shares.shape[1::2])  # (D, heads, 64)
+        if valid is None:  # shares are the same everywhere: rather average the weights
+            return features.flatten(1, 2), torch.einsum("bdsj,djo->bsjo", shares, weight).flatten(1, 2)
+        seen = F.interpolate(valid.to(shares.dtype), size=features.shape[3:], mode="area")[:, None] + 1e-4
+        shares = shares.permute(0, 3, 1, 2)  # (B, heads, D, S)
+        total, heard = (shares @ x.flatten(3) for x in (features.transpose(1, 2) * seen, seen))
+        return (total / heard).flatten(1, 2), weight.transpose(0, 1).flatten(0, 1)[None]
 
     @staticmethod
     def _hypothesis_features(coc_px: Tensor, step_px: Tensor) -> Tensor:
@@ -339,12 +351,9 @@ class DefaultNet(nn.Module):
         return torch.einsum("bshw,bschw->bchw", weights, frames)
 
 
-def _pool_frames(weights: Tensor, features: Tensor) -> Tensor:
-    """Sum over frames of `weights` (B, D, S, J[, h, w]) times `features` (B, S, J, h, w): (B, D, J, h, w)."""
-    if weights.dim() == 4:
-        product = torch.matmul(weights.permute(0, 3, 1, 2), features.transpose(1, 2).flatten(3))  # (B, J, D, h w)
-        return product.unflatten(3, features.shape[3:]).transpose(1, 2)
-    return torch.einsum("bdsjhw,bsjhw->bdjhw", weights, features)
+def _beside(*maps: Tensor) -> Tensor:
+    """Channels of all `maps` (B, C, H, W), stored last: convolutions of so few channels are a quarter faster so."""
+    return torch.cat([x.permute(0, 2, 3, 1) for x in maps], 3).permute(0, 3, 1, 2)
 
 
 def _twice(x: Tensor) -> Tensor:
