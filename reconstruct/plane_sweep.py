@@ -247,12 +247,18 @@ def semi_global(
     at_once = CPU_STRIP if device.type == "cpu" else GPU_STRIP
     for cols in torch.arange(width).split(max(1, at_once // (count * height))):
         part = slice(int(cols[0]), int(cols[-1]) + 1)
-        total[:, :, part] = _both_ways(cost[:, :, part].to(device), down[:, part], small_step)
+        here = cost[:, :, part].to(device)
+        sums = total[:, :, part] if total.device == device else torch.empty_like(here)
+        _both_ways(here, down[:, part], small_step, sums)
+        if total.device != device:
+            total[:, :, part] = sums
     for rows in torch.arange(height).split(max(1, at_once // (count * width))):
         part = slice(int(rows[0]), int(rows[-1]) + 1)
         turned = _turned(cost[:, part].to(device))
-        across = _turned(_both_ways(turned, right[part].T.contiguous(), small_step))
-        total[:, part] = across.add_(total[:, part].to(device)).div_(4)
+        across = torch.empty_like(turned)
+        _both_ways(turned, right[part].T.contiguous(), small_step, across)
+        for target, plane in zip(total[:, part], across.mT, strict=True):
+            target.add_(plane.contiguous().to(target.device)).div_(4)
     return total
 
 
@@ -269,28 +275,30 @@ def _turned(volume: Tensor) -> Tensor:
     return turned
 
 
-def _both_ways(cost: Tensor, jump: Tensor, small_step: float) -> Tensor:
-    """Path costs of `cost` (N, T, X) summed over both directions along T; `jump` (T, X): price from t - 1 to t."""
-    total = torch.empty_like(cost, memory_format=torch.contiguous_format)
-    length = cost.shape[1]
-    step, arrived = total.new_empty(2, cost.shape[0], cost.shape[2])
-    for backwards in (False, True):
-        order = range(length - 1, -1, -1) if backwards else range(length)
-        path = cost[:, order[0]].clone()
-        for t in order:
-            if t != order[0]:
-                best = path.amin(0)
-                price = jump[t + 1] if backwards else jump[t]
-                torch.add(path, small_step, out=step)
-                torch.minimum(path, best + price, out=arrived)
-                torch.minimum(arrived[1:], step[:-1], out=arrived[1:])
-                torch.minimum(arrived[:-1], step[1:], out=arrived[:-1])
-                path, arrived = arrived.sub_(best).add_(cost[:, t]), path
-            if backwards:
-                total[:, t] += path
-            else:
-                total[:, t] = path
-    return total
+def _both_ways(cost: Tensor, jump: Tensor, small_step: float, total: Tensor) -> None:
+    """Path costs of `cost` (N, T, X) summed over both directions along T, into `total`; `jump` (T, X): price from
+    t - 1 to t. What a step needs is made before the first one: on a CPU half the time went into taking slices."""
+    costs, prices, sums = cost.unbind(1), jump.unbind(0), total.unbind(1)
+    padded = cost.new_full((cost.shape[0] + 2, cost.shape[2]), torch.inf)
+    below, level, above = padded[:-2], padded[1:-1], padded[2:]
+    path, best = torch.empty_like(level), cost.new_empty(cost.shape[2])
+
+    def step(arrived: Tensor, price: Tensor) -> None:
+        torch.amin(arrived, 0, out=best)
+        torch.sub(arrived, best, out=path)
+        torch.add(path, small_step, out=level)
+        for other in (price, below, above):
+            torch.minimum(path, other, out=path)
+
+    sums[0].copy_(costs[0])
+    for t in range(1, len(costs)):
+        step(sums[t - 1], prices[t])
+        torch.add(path, costs[t], out=sums[t])
+    path.copy_(costs[-1])
+    sums[-1].add_(path)
+    for t in range(len(costs) - 2, -1, -1):
+        step(path, prices[t + 1])
+        sums[t].add_(path.add_(costs[t]))
 
 
 def peak(cost: Tensor, tested_dpt: Tensor) -> Tensor:
