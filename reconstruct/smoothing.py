@@ -69,15 +69,15 @@ def _tridiagonal(values: Tensor, link: Tensor) -> Tensor:
     """u (T, C, X) of u_t + link_t (u_t - u_t+1) + link_t-1 (u_t - u_t-1) = values_t; `link` (T - 1, X)."""
     end = torch.zeros_like(values[:1, 0])
     inverse = 1 + torch.cat((link, end)) + torch.cat((end, link))  # the diagonal, until its line is reached
-    carried = torch.empty_like(link)
-    solved = torch.empty_like(values)
-    inverse[0].reciprocal_()
-    torch.mul(values[0], inverse[0], out=solved[0])
-    for t in range(1, len(values)):
-        torch.mul(link[t - 1], inverse[t - 1], out=carried[t - 1])
-        inverse[t].addcmul_(link[t - 1], carried[t - 1], value=-1).reciprocal_()
-        torch.addcmul(values[t], link[t - 1], solved[t - 1], out=solved[t])
-        solved[t].mul_(inverse[t])
-    for t in range(len(values) - 2, -1, -1):
-        solved[t].addcmul_(carried[t], solved[t + 1])
+    carried, solved = torch.empty_like(link), torch.empty_like(values)
+    links, inverses, shares, given, lines = (x.unbind(0) for x in (link, inverse, carried, values, solved))
+    inverses[0].reciprocal_()
+    lines[0].copy_(given[0])
+    for t in range(1, len(lines)):
+        torch.mul(links[t - 1], inverses[t - 1], out=shares[t - 1])
+        inverses[t].addcmul_(links[t - 1], shares[t - 1], value=-1).reciprocal_()
+        torch.addcmul(given[t], shares[t - 1], lines[t - 1], out=lines[t])
+    solved *= inverse[:, None]
+    for t in range(len(lines) - 2, -1, -1):
+        lines[t].addcmul_(shares[t], lines[t + 1])
     return solved
