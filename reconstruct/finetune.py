@@ -379,8 +379,8 @@ def adapt(
     """Refine the stacks, distil them into a copy of `start` (a new network if None), keep it if it is better.
 
     Whether that helps is judged without the withheld frames (in `run/judged`). If they are then predicted better
-    (`reliably_lower`), the same is done with all frames and written to `run/weights.safetensors`. A new network has no
-    before: it is compared with the plane sweep, never sees the withheld frames, and is kept in any case.
+    (`reliably_lower`), the network goes on to learn from all frames and is written to `run/weights.safetensors`. A new
+    network has no before: it is compared with the plane sweep, never sees the withheld frames, and is kept in any case.
 
     Raises DataError when no stack has three frames: then nothing can be withheld to judge by.
     """
@@ -388,15 +388,16 @@ def adapt(
         raise DataError("every stack has two frames only: none can be withheld to judge by; capture at least three")
     run.mkdir(parents=True, exist_ok=True)
 
-    def taught(task: DistilTask, states: Path) -> DefaultNet | PaperNet:
-        torch.manual_seed(config.seed)
-        net = build(config.preset if start is None else start.preset)
-        if start is not None:
-            net.load_state_dict(start.net.state_dict())
-        for name, parameter in net.named_parameters():
-            parameter.requires_grad_(name.split(".")[0] not in IMAGE_HEAD)
-        net.load_state_dict(fit(net, task, config, states, device=device, resume=resume))
-        return net.to(device)
+    torch.manual_seed(config.seed)
+    net = build(config.preset if start is None else start.preset)
+    if start is not None:
+        net.load_state_dict(start.net.state_dict())
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(name.split(".")[0] not in IMAGE_HEAD)
+    net.to(device)
+
+    def teach(task: DistilTask, states: Path) -> None:
+        net.load_state_dict(fit(net, task, task.config, states, device=device, resume=resume))
 
     def lessons(*, withhold: bool) -> list[Lesson]:
         which = "all frames but one" if withhold else "all frames"
@@ -404,8 +405,9 @@ def adapt(
             print(f"refining {len(stacks)} stack(s) from {which}", file=sys.stderr, flush=True)
         return prepare_lessons(stacks, start, refine_steps, device, run, withhold=withhold)
 
-    judge = DistilTask(lessons(withhold=True), config, device, run)
-    net = taught(judge, run if start is None else run / "judged")
+    first = config if start is None else config.model_copy(update={"seed": config.seed + 1})  # other crops and retakes
+    judge = DistilTask(lessons(withhold=True), first, device, run)
+    teach(judge, run if start is None else run / "judged")
     if start is None:
         before = {x.full.name: _sweep_error(x, device) for x in judge.lessons if x.withheld >= 0}
     else:
@@ -414,7 +416,7 @@ def adapt(
     if start is not None:
         if not reliably_lower(list(before.values()), list(after.values())):
             return Adaptation(before, after, None)
-        net = taught(DistilTask(lessons(withhold=False), config, device, run), run)
+        teach(DistilTask(lessons(withhold=False), config, device, run), run)
     about: dict[str, Any] = {
         "preset": "paper" if isinstance(net, PaperNet) else "default",
         "teacher": DISTILLED,
