@@ -263,14 +263,16 @@ class DefaultNet(nn.Module):
         variance = (probability * (tested - mean) ** 2).sum(1, keepdim=True)
 
         # full size
-        detail = self.detail(F.leaky_relu_(self.guide(_beside(x, F.pixel_unshuffle(edges, 2))), 0.1))
-        neighbours = detail[:, :36].contiguous().unflatten(1, (9, 4)).softmax(1)
+        guide = F.leaky_relu_(self.guide(_beside(x, F.pixel_unshuffle(edges, 2))), 0.1).permute(0, 2, 3, 1)
+        for_each = [p.squeeze().split([36, 4 * self.CONTEXT]) for p in self.detail.parameters()]  # its weight and bias
+        neighbours, context = (F.linear(guide, *part).permute(0, 3, 1, 2) for part in zip(*for_each, strict=True))
+        neighbours = neighbours.contiguous().unflatten(1, (9, 4)).softmax(1)
         opinion = _convex_twice(mean, neighbours)
         spread_px = (_convex_twice(variance, neighbours).clamp_min(0.0).sqrt() * px_per_dpt + 0.1).log()
         away_px = (opinion - swept) * px_per_dpt
         signs = [edges, spread_px, swept_error_px.log(), torch.tanh(away_px), torch.tanh(away_px / 6)]
         around = self._cost_around(prior.cost, swept, opinion, hypotheses)
-        fine = self.fine(_beside(F.pixel_shuffle(detail[:, 36:], 2), *signs, *around.split(1, 1)))
+        fine = self.fine(_beside(F.pixel_shuffle(context, 2), *signs, *around.split(1, 1)))
         follow, beyond, doubt = self.answer(fine).contiguous().split(1, 1)
         inverse_depth = swept + torch.sigmoid(follow) * (opinion - swept)
         inverse_depth = inverse_depth + self.FINE_BOUND_PX * torch.tanh(beyond / self.FINE_BOUND_PX) / px_per_dpt

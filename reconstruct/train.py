@@ -316,7 +316,9 @@ def fit(
     net.to(device)
     if device.type == "cuda":
         net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = torch.optim.AdamW(net.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    fused = device.type in ("cpu", "cuda")
+    decay = config.weight_decay
+    optimizer = torch.optim.AdamW(net.parameters(), config.learning_rate, weight_decay=decay, fused=fused)
     average = _Average(net, config.ema_decay)
     start, history, best = _resume(net, optimizer, average, config, run, resume)
     model = nn.parallel.DistributedDataParallel(net) if world > 1 else net

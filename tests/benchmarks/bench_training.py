@@ -5,7 +5,9 @@
 A `default` step is one of fine-tuning: crops of captured stacks with the plane sweep's evidence and their refined maps
 (`DistilTask`), network, loss, backward, optimiser. The published step is its network, its operator (window 7) written
 in plain torch, its losses, backward, optimiser; beside it the same with our own fused operator. Interleaved, medians of
-process CPU time on one thread. Goal: a `default` step >= 15 x faster. Goes to bench-results/training.json.
+process CPU time on one thread. Goal: a `default` step >= 15 x faster. Beside it, what the convolutions and matrix
+products of both steps allow: their operations as torch counts them, at the rate that one 3x3 convolution of 32 channels
+reaches here; a step of nothing else would be the ceiling times faster. Goes to bench-results/training.json.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from capture.lens import coc_diameter_px
 from reconstruct.dataset import CapturedStack, RenderedScene, ScenePool, StackBatch
@@ -96,8 +99,25 @@ class Clock:
         return found | {"step": sum(found.values())}
 
 
-def compare(lesson: Lesson, folder: Path, batch: int, crop: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Medians of the parts of every kind of step."""
+def convolution_rates(crop: int, turns: int = 15) -> dict[str, float]:
+    """Operations a second of a 3x3 convolution of 32 channels on `crop`, forward alone and with its backward."""
+    net = nn.Conv2d(32, 32, 3, padding=1)
+    image = torch.rand(1, 32, crop, crop).contiguous(memory_format=torch.channels_last).requires_grad_()
+    clock, operations = Clock(), 2 * 9 * 32 * 32 * crop**2
+    for _ in range(turns + 1):
+        clock.start()
+        output = net(image)
+        clock.lap("forward")
+        output.backward(output.detach())
+        clock.lap("backward")
+    seconds = clock.medians()
+    return {"forward": operations / seconds["forward"], "both": 3 * operations / seconds["step"]}
+
+
+def compare(
+    lesson: Lesson, folder: Path, batch: int, crop: int, rounds: int
+) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
+    """Medians of the parts of every kind of step, and its operations in convolutions and matrix products."""
     config = FINETUNE.model_copy(update={"batch": batch, "crop_px": crop})
     task = DistilTask([lesson], config, CPU, folder)
     photometric = PhotometricTask([lesson.stack], PAPER.model_copy(update={"batch": batch, "crop_px": crop}))
@@ -109,8 +129,14 @@ def compare(lesson: Lesson, folder: Path, batch: int, crop: int, rounds: int) ->
             build("paper"), True, lambda o, b: torch.stack(list(photometric.terms(o, b))).sum()
         ),
     }  # fmt: skip
-    optimizers = {kind: torch.optim.AdamW(net.parameters(), 1e-5) for kind, (net, *_) in kinds.items()}
+    optimizers = {kind: torch.optim.AdamW(net.parameters(), 1e-5, fused=True) for kind, (net, *_) in kinds.items()}
     clocks = {kind: Clock() for kind in kinds}
+    operations = {}
+    for kind, (net, _, loss) in kinds.items():
+        found = task.batch(0)
+        with FlopCounterMode(display=False) as counter:
+            loss(net(found.frames, found.focus_dpt, found.kappa, prior=found.prior, with_aif=False), found).backward()
+        operations[kind] = counter.get_total_flops()
     for turn in range(rounds + 1):
         for kind, (net, kept, loss) in kinds.items():
             clock = clocks[kind]
@@ -119,7 +145,7 @@ def compare(lesson: Lesson, folder: Path, batch: int, crop: int, rounds: int) ->
             if not kept:
                 found = replace(found, prior=None)
             clock.lap("batch")
-            output = net(found.frames, found.focus_dpt, found.kappa, prior=found.prior)
+            output = net(found.frames, found.focus_dpt, found.kappa, prior=found.prior, with_aif=False)
             clock.lap("network")
             value = loss(output, found)
             clock.lap("loss")
@@ -128,7 +154,7 @@ def compare(lesson: Lesson, folder: Path, batch: int, crop: int, rounds: int) ->
             clock.lap("backward")
             optimizers[kind].step()
             clock.lap("optimiser")
-    return {kind: clock.medians() for kind, clock in clocks.items()}
+    return {kind: clock.medians() for kind, clock in clocks.items()}, operations
 
 
 def check_operator() -> None:
@@ -147,12 +173,12 @@ def main(argv: list[str]) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     check_operator()
-    goals, tables = [], {}
+    goals, tables, ceilings = [], {}, {}
     with tempfile.TemporaryDirectory() as folder:
         stack = stack_of(ScenePool(Path(folder), 1, 208)[0])
         lesson = Lesson.prepare(stack, None, 0, CPU, Path(folder))
         for batch, crop in zip(chosen.sizes[::2], chosen.sizes[1::2], strict=True):
-            medians = compare(lesson, Path(folder), batch, crop, chosen.rounds)
+            medians, operations = compare(lesson, Path(folder), batch, crop, chosen.rounds)
             tables[f"{batch} x {crop}"] = medians
             print(f"\n{batch} crops of {crop} px, 5 frames, one thread; CPU ms")
             print(f"{'':25}" + " ".join(f"{part:>9}" for part in medians["default"]) + "   stacks/s")
@@ -163,12 +189,21 @@ def main(argv: list[str]) -> None:
                 ratio = medians[peer]["step"] / medians["default"]["step"]
                 goal = 15.0 if peer == "published" else math.nan
                 goals.append(Goal(f"{peer} / default, {batch} x {crop} px", ratio, goal, at_least=True))
+            most, least = operations["published"] / 1e9, operations["default"] / 1e9
+            print(f"operations a step: default {least:.1f} G, published {most:.1f} G")
+            for kind, rate in convolution_rates(crop).items():
+                ceilings[f"{batch} x {crop}, {kind}"] = medians["published"]["step"] / operations["default"] * rate
+                what = "one convolution, forward only" if kind == "forward" else "the same with its backward"
+                print(f"ceiling at {rate / 1e9:.0f} G/s ({what}): {ceilings[f'{batch} x {crop}, {kind}']:.1f} x")
     print()
     for goal in goals:
         print(goal)
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(
-        json.dumps({"seconds": tables, "goals": [vars(g) | {"met": g.met} for g in goals]}, indent=1) + "\n"
+        json.dumps(
+            {"seconds": tables, "ceilings": ceilings, "goals": [vars(g) | {"met": g.met} for g in goals]}, indent=1
+        )
+        + "\n"
     )
 
 
