@@ -50,8 +50,9 @@ def fuse(
     frames, mask = filled_frames(frames, valid)
     seen = mask.sum(0)
     gain, focus = kappa[:, None, None], focus_dpt[:, None, None]
-    coc = torch.hypot(gain * (focus - inverse_depth_dpt), DEPTH_CAUTION * gain * std_dpt)
-    sharpest = torch.where(mask, coc, torch.inf).min(0).indices
+    coc2 = (focus - inverse_depth_dpt).square_().add_((DEPTH_CAUTION * std_dpt).square()).mul_(gain.square())
+    sharpest = torch.where(mask, coc2, torch.inf).min(0).indices
+    error2 = MODEL_ERROR**2 * coc2
     usable = mask | (seen == 0)
     noise = channel_noise_variance(frames) if noise is None else noise
     aif = torch.zeros_like(frames[0])
@@ -62,17 +63,19 @@ def fuse(
         coarse = smooth
         band_noise = noise * _noise_share(finer_sigma, math.hypot(finer_sigma, sigma))
         signal = _signal(band, sharpest, band_noise, 2 * math.ceil(3 * sigma) + 1)
-        weight = usable / (band_noise + (MODEL_ERROR * coc).square() * signal)
-        contrast = band_contrast(coc, frequency).clamp_min(LEAST_CONTRAST)
+        weight = torch.addcmul(band_noise, error2, signal).reciprocal_().mul_(usable)
+        contrast = band_contrast(coc2, frequency).clamp_min_(LEAST_CONTRAST)
         share = weight * contrast
         total = (share * contrast).sum(0)
         noise_left = band_noise * share.square().sum(0) / total.square()
         aif += _weighted_sum(share, band) * (signal / (total * (signal + noise_left)))
         finer_sigma = math.hypot(finer_sigma, sigma)
     coarse_noise = noise / (4 * math.pi * finer_sigma**2)
-    ripple = torch.stack([plane - box_mean(plane, COARSE_WINDOW_PX) for plane in coarse.flatten(0, 1)])
-    signal = _signal(ripple.view_as(coarse), sharpest, coarse_noise, COARSE_WINDOW_PX)
-    weight = usable / (coarse_noise + (MODEL_ERROR * coc).square() * signal)
+    ripple = torch.empty_like(coarse)
+    for plane, target in zip(coarse.flatten(0, 1), ripple.flatten(0, 1), strict=True):
+        torch.sub(plane, box_mean(plane, COARSE_WINDOW_PX), out=target)
+    signal = _signal(ripple, sharpest, coarse_noise, COARSE_WINDOW_PX)
+    weight = torch.addcmul(coarse_noise, error2, signal).reciprocal_().mul_(usable)
     aif += _weighted_sum(weight, coarse) / weight.sum(0)
     return aif.clamp_min(0.0)
 
@@ -100,12 +103,12 @@ def usable_mask(finite: Tensor, valid: Tensor | None) -> Tensor:
     return torch.where(mask.any(0), mask, finite)
 
 
-def band_contrast(coc_px: Tensor, frequency: float) -> Tensor:
-    """Contrast that a disc of diameter `coc_px` leaves of a wave of `frequency` cycles a pixel, down to about 0.1.
+def band_contrast(coc2_px: Tensor, frequency: float) -> Tensor:
+    """Contrast that a disc leaves of a wave of `frequency` cycles a pixel, down to about 0.1; its diameter is squared.
 
     The Gaussian of std 0.26 CoC, which is a disc's closest there and never changes sign.
     """
-    return torch.exp(-2 * (math.pi * frequency * 0.26 * coc_px).square())
+    return (coc2_px * (-2 * (math.pi * frequency * 0.26) ** 2)).exp_()
 
 
 def _weighted_sum(weight: Tensor, frames: Tensor) -> Tensor:
@@ -119,7 +122,7 @@ def _weighted_sum(weight: Tensor, frames: Tensor) -> Tensor:
 def _signal(band: Tensor, sharpest: Tensor, noise: Tensor, window_px: int) -> Tensor:
     """Local variance of a band (S, 3, H, W) in the sharpest frame less its noise, (H, W), positive."""
     picked = band.gather(0, sharpest.expand(1, 3, -1, -1))[0]
-    power = box_mean(picked.square().mean(0), window_px)
+    power = box_mean(picked.square_().mean(0), window_px)
     return torch.maximum(power - noise, 0.01 * noise)
 
 

@@ -232,7 +232,7 @@ class DefaultNet(nn.Module):
             edges = prior.sharp * (prior.brightness / GREY) / local - 1.0
 
         # local contrast, normalised alike in all frames of a stack
-        contrast = (frames / local[:, :, None] - 1.0).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        contrast = (frames / local[:, :, None]).sub_(1.0).flatten(0, 1).contiguous(memory_format=torch.channels_last)
         features = self.encoder(contrast).unflatten(0, (size_b, size_s))  # (B, S, heads * per_head, h, w)
 
         where = self.place(self._hypothesis_features(coc_px, hypotheses.step_px).flatten(1)) + self.mix.bias

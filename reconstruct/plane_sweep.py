@@ -569,7 +569,7 @@ def _stack_cost(
     for n in range(len(tested)):
         energy, pairs = _compared(levels, coc_px[:, n], mask)
         if mask is None:
-            cost[n] = torch.log1p(box_mean(energy, window_px) / ((len(focus) - 1) * noise))
+            torch.log1p(box_mean(energy, window_px).div_((len(focus) - 1) * noise), out=cost[n])
             continue
         seen = box_mean(pairs, window_px)
         heard[n] = seen > LEAST_SEEN
@@ -592,7 +592,7 @@ def _compared(levels: BlurLevels, coc_px: NDArray[np.float64], mask: Tensor | No
 
     def difference(k: int, reference: int) -> Tensor:
         relative_px = math.sqrt(max(coc_px[k] ** 2 - coc_px[reference] ** 2, 0.0))
-        return levels.blurred(reference, relative_px) - levels.level(k, 0)
+        return levels.blurred(reference, relative_px).sub_(levels.level(k, 0))
 
     if mask is None:
         for k in order[1:]:
