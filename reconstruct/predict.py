@@ -17,6 +17,7 @@ from capture.errors import DataError
 from reconstruct.checkpoint import DEFAULT_WEIGHTS, load_weights
 from reconstruct.estimate import Estimate
 from reconstruct.fusion import fuse
+from reconstruct.memory import keep_freed_memory
 from reconstruct.network import DefaultNet, PaperNet, Prior, build, sweep_prior
 from reconstruct.plane_sweep import Evidence, Photometry, photometry
 
@@ -44,8 +45,11 @@ class TrainedNetwork:
 def load_network(weights: str | Path, device: torch.device, preset: str | None = None) -> TrainedNetwork:
     """The network stored in `weights` (a file, or "default" for the shipped one), ready to predict on `device`.
 
+    From then on this process keeps memory that was freed (`keep_freed_memory`).
+
     Raises DataError if the file is missing, damaged, of another preset, or does not fit the network.
     """
+    keep_freed_memory()
     path = DEFAULT_WEIGHTS if str(weights) == "default" else Path(weights)
     tensors, about = load_weights(path, preset)
     if about.get("preset") not in ("default", "paper"):
