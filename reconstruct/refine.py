@@ -13,15 +13,16 @@ Single pixels know little: where a surface as a whole lies too near, the slope a
 surfaces are shifted whole first, by as much as the misfit pooled along them says once the image is fitted anew.
 
 Gradients alone cannot carry an edge of a near object across more than a pixel. So on the way the depth map is offered
-moves that no gradient finds: near surfaces grown or shrunk by a few pixels. Each offer first gets a few steps of its
-own image; then every pixel takes the offer under which the frames around it fit best (fusion moves, Lempitsky et al.
-2010, without the graph cut).
+moves that no gradient finds: near surfaces grown or shrunk by a few pixels. And since a plain background looks too near
+beside a near object, whose blurred outline is all the detail there, depth is offered to recede to that of neighbours
+of the same colour. Each offer first gets a few steps of its own image; then every pixel takes the offer under which the
+frames around it fit best (fusion moves, Lempitsky et al. 2010, without the graph cut).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +42,7 @@ BLACK = 0.01  # linear light added before the square root, which gives dark and 
 CHARBONNIER = 0.02  # differences below this count quadratically, in square roots of linear light
 FLOOR_PX = 0.3  # std of the lens's and sensor's own blur
 MOMENTUM = 0.8  # of the image
-MOVED_PX = 0.3  # change of blur below which a move is not worth offering
+MOVED_PX = 0.3  # change of blur below which growing or shrinking is not worth offering
 LEAST_STD_PX = 0.02  # no start is surer than this
 EDGE_PX, EDGE_ROOT = 0.3, 0.3  # differences of depth, of the root image's channels together, that end a surface
 PROBE_PX = 0.25  # change of blur at which the misfit's slope is taken
@@ -61,6 +62,9 @@ class RefineConfig:
         smoothness: weight of the edge-aware smoothness of depth in px of blur.
         prior: weight of the distance from the start, in the start's own standard deviations.
         moves_px: by how many pixels near surfaces are tried grown and shrunk.
+        recede_px: from how far neighbours are tried to make a pixel recede.
+        colour_price_px: px of blur that a pixel may stay nearer than a neighbour whose root image differs by EDGE_ROOT.
+        rounds: how often all moves are offered, each time to the depth that the last round made.
         trial_steps: of the image, before a move is judged.
         window_px: side of the square around a pixel over which a move is judged.
         shifts: how often surfaces are shifted after the moves; once they are before the first step.
@@ -75,7 +79,10 @@ class RefineConfig:
     smoothness: float = 0.006
     prior: float = 0.001
     moves_px: tuple[int, ...] = (1, 2, 3)
-    trial_steps: int = 2
+    recede_px: tuple[int, ...] = (4, 12)
+    colour_price_px: float = 20.0
+    rounds: int = 2
+    trial_steps: int = 3
     window_px: int = 5
     shifts: int = 6
     reach_px: float = 3.5
@@ -120,7 +127,8 @@ def refine(
         if step == 0:
             state.shift_surfaces()
         elif step == round(MOVES_AT * steps):
-            state.try_moves()
+            for _ in range(state.config.rounds):
+                state.try_moves()
             state.fit_lens()
             for _ in range(state.config.shifts):
                 state.shift_surfaces()
@@ -245,7 +253,10 @@ class _Refinement:
         self.std_px = torch.where(known, self.std_dpt / self.dpt_per_px, torch.inf).clamp_min(LEAST_STD_PX)
         self.expected_px = start.inverse_depth_dpt / self.dpt_per_px  # the start, and what moves and shifts made of it
         self.depth_px = self.expected_px.clone().requires_grad_()
-        self.root = root_of(start.aif.to(misfit.frames)).requires_grad_()
+        root = root_of(start.aif.to(misfit.frames))
+        step = (root.diff(dim=axis).abs().sum(0) / EDGE_ROOT for axis in (1, 2))
+        self.price_px = [config.colour_price_px * x.square() for x in step]
+        self.root = root.requires_grad_()
         self.shift_px = torch.zeros_like(self.expected_px)  # sum of all shifts
         self._restart()
 
@@ -349,36 +360,53 @@ class _Refinement:
         return torch.exp(-by_depth - by_image)
 
     def try_moves(self) -> None:
-        """Let every pixel take the depth of a near surface grown or shrunk over it, if its surroundings then fit."""
+        """Let every pixel take the depth of an offer under which its surroundings fit better."""
         depth = self.depth_px.detach()
         chosen = depth
         root, least = self._tried(self.root, depth)
-        for reach in self.config.moves_px:
-            for sign in (1, -1):
-                moved = sign * _dilated(sign * depth, reach)
-                offered = (moved - depth).abs() > MOVED_PX
-                if not offered.any():
-                    continue
-                moved = torch.where(offered, moved, depth)
-                fused = self.misfit.fused(moved * self.dpt_per_px, self.std_dpt)
-                image, left = self._tried(torch.where(offered, root_of(fused), self.root), moved)
-                taken = offered & (left < least)
-                chosen, root, least = (
-                    torch.where(taken, new, old) for new, old in ((moved, chosen), (image, root), (left, least))
-                )
+        for moved in self._offers(depth):
+            offered = moved != depth
+            if not offered.any():
+                continue
+            fused = self.misfit.fused(moved * self.dpt_per_px, self.std_dpt)
+            image, left = self._tried(torch.where(offered, root_of(fused), self.root), moved)
+            taken = offered & (left < least)
+            chosen, root, least = (
+                torch.where(taken, new, old) for new, old in ((moved, chosen), (image, root), (left, least))
+            )
         with torch.no_grad():
             self.expected_px = torch.where(chosen == depth, self.expected_px, chosen)
             self.depth_px.copy_(chosen)
             self.root.copy_(root)
         self._restart()  # moved pixels have no use for their momentum
 
+    def _offers(self, depth_px: Tensor) -> Iterator[Tensor]:
+        """Depths to try, (H, W), the same as `depth_px` where they have nothing to offer."""
+        for reach in self.config.moves_px:
+            for sign in (1, -1):
+                moved = sign * _dilated(sign * depth_px, reach)
+                yield torch.where((moved - depth_px).abs() > MOVED_PX, moved, depth_px)
+        for reach in self.config.recede_px:
+            yield self._receded(depth_px, reach)
+
+    def _receded(self, depth_px: Tensor, reach_px: int) -> Tensor:
+        """`depth_px` made no nearer than neighbours within `reach_px`, but for differences in colour on the way there
+        and the start's std."""
+        farther = depth_px
+        for _ in range(reach_px):
+            farther = _no_nearer(farther, self.price_px[0])
+            farther = _no_nearer(farther.T, self.price_px[1].T).T
+        return torch.maximum(farther, depth_px - self.std_px)
+
     def _tried(self, root: Tensor, depth_px: Tensor) -> tuple[Tensor, Tensor]:
         """`root` fitted to this depth for a few steps, and the misfit that is left around every pixel, (H, W)."""
         depth_dpt, window = depth_px * self.dpt_per_px, self.config.window_px
+        if self.misfit.model == "occlusion":  # without light for what near edges hide, truth would not win beside them
+            root = self.misfit.with_hidden(root.detach(), depth_dpt)
         root = self.misfit.fitted(root, depth_dpt, self.config.trial_steps)
         with torch.no_grad():
             left = self.misfit(root, depth_dpt).mean((0, 1))
-        return root, functional.avg_pool2d(left[None], window, 1, window // 2, count_include_pad=False)[0]
+        return root[:3], functional.avg_pool2d(left[None], window, 1, window // 2, count_include_pad=False)[0]
 
     @torch.no_grad()
     def best(self) -> Estimate:
@@ -409,6 +437,14 @@ def _beside(values: Tensor, known: Tensor) -> Tensor:
     """What of `values` (S,) no mixture of the columns of `known` (S, n) explains."""
     basis = torch.linalg.qr(known)[0]
     return values - basis @ (basis.T @ values)
+
+
+def _no_nearer(depth: Tensor, price: Tensor) -> Tensor:
+    """`depth` (H, W), nowhere larger than a neighbour's in the column plus the `price` (H - 1, W) between them."""
+    farther = depth.clone()
+    farther[1:] = torch.minimum(depth[1:], depth[:-1] + price)
+    farther[:-1] = torch.minimum(farther[:-1], depth[1:] + price)
+    return farther
 
 
 def _dilated(depth: Tensor, reach_px: int) -> Tensor:

@@ -12,8 +12,11 @@ from reconstruct.estimate import Estimate
 from reconstruct.losses import charbonnier
 from reconstruct.plane_sweep import plane_sweep
 from reconstruct.predict import load_network, predict
-from reconstruct.refine import Misfit, refine, root_of
+from reconstruct.refine import Misfit, RefineConfig, _Refinement, refine, root_of
 from reconstruct.render import render_stack
+
+
+STILL = RefineConfig(moves_px=(), recede_px=())  # saves time where moves do not matter
 
 
 class Stack:
@@ -90,12 +93,35 @@ def test_refine_improves_the_plane_sweep(stack):
     assert (refined.confidence <= stack.start.confidence).all()
 
 
+def test_plain_background_is_offered_to_recede_beside_an_object_of_another_colour(stack):
+    """To the depth beyond the halo, but no farther than the start's std, and no pixel of the object's colour."""
+    height, width = stack.truth.shape
+    column = torch.arange(width)
+    aif = torch.where(column < 40, 0.6, 0.2).expand(3, height, width)
+    drawn_px = torch.where(column < 40, 5.0, torch.where(column < 44, 3.0, 2.0)).expand(height, width)
+    std_px = torch.where(column < 42, 2.0, 0.4).expand(height, width)
+    dpt_per_px = 4 / float(stack.kappa.mean())
+    start = stack.start._replace(inverse_depth_dpt=drawn_px * dpt_per_px, std_dpt=std_px * dpt_per_px, aif=aif)
+    config = RefineConfig(moves_px=(), recede_px=(4,))
+    state = _Refinement(Misfit(stack.frames, stack.focus, stack.kappa), start, config)
+    (offer,) = state._offers(drawn_px)
+    expected_px = torch.where(column < 40, 5.0, torch.where(column < 42, 2.0, torch.where(column < 44, 2.6, 2.0)))
+    assert torch.allclose(offer, expected_px.expand(height, width), atol=1e-4)
+
+
+def test_scatter_refines_without_hidden_background(stack):
+    refined = refine(
+        stack.frames, stack.focus, stack.kappa, stack.start, steps=3, model="scatter", config=RefineConfig(rounds=1)
+    )
+    assert stack.error(refined) < stack.error(stack.start)
+
+
 def test_a_surface_that_lies_wrong_as_a_whole_is_shifted(stack):
     """Pixel by pixel the slope drowns in noise: descent alone takes away a fifth of such an error."""
     dpt_per_px = 4 / float(stack.kappa.mean())
     wrong = stack.truth + 0.4 * dpt_per_px * torch.sin(torch.arange(96) / 96 * torch.pi)
     started = stack.start._replace(inverse_depth_dpt=wrong, std_dpt=torch.full_like(wrong, 0.3 * dpt_per_px))
-    refined = refine(stack.frames, stack.focus, stack.kappa, started, steps=10)
+    refined = refine(stack.frames, stack.focus, stack.kappa, started, steps=10, config=STILL)
     assert stack.error(refined) < 0.6 * stack.error(started)
 
 
@@ -104,7 +130,7 @@ def test_frames_that_are_focused_elsewhere_than_they_say_are_found(stack, size_p
     """By what no shift or stretch of all of them explains; the rest is the calibration's."""
     off = size_px * 4 / float(stack.kappa.mean()) * torch.tensor([-1.0, 1.0, 1.0, -1.0])
     with caplog.at_level("INFO", logger="reconstruct.refine"):
-        refine(stack.frames, stack.focus + off, stack.kappa, stack.start, steps=5)
+        refine(stack.frames, stack.focus + off, stack.kappa, stack.start, steps=5, config=STILL)
     found, gain_percent = (torch.tensor(values) for values in caplog.records[-1].args)
     assert float(-(found * off).sum() / off.square().sum()) > 0.25
     assert torch.nn.functional.cosine_similarity(-found, off, 0) > 0.9
@@ -114,7 +140,7 @@ def test_frames_that_are_focused_elsewhere_than_they_say_are_found(stack, size_p
 
 def test_two_frames_keep_the_focus_they_tell(stack, caplog):
     with caplog.at_level("INFO", logger="reconstruct.refine"):
-        refine(stack.frames[:2], stack.focus[:2] * 1.02, stack.kappa[:2], stack.start, steps=5)
+        refine(stack.frames[:2], stack.focus[:2] * 1.02, stack.kappa[:2], stack.start, steps=5, config=STILL)
     assert caplog.records[-1].args[0] == [0.0, 0.0]
 
 
@@ -140,7 +166,7 @@ def test_missing_pixels_do_not_count(stack):
     frames[0, :, :10] = torch.nan
     frames[1, :, -10:] = 1e3
     valid[1, -10:] = False
-    refined = refine(frames, stack.focus, stack.kappa, stack.start, steps=4, valid=valid)
+    refined = refine(frames, stack.focus, stack.kappa, stack.start, steps=4, valid=valid, config=RefineConfig(rounds=1))
     moved = (refined.inverse_depth_dpt - stack.start.inverse_depth_dpt).abs() * stack.kappa.mean() / 4
     assert torch.isfinite(refined.inverse_depth_dpt).all()
     assert moved[-5:].mean() < 1  # light of 1000 would have thrown it far
