@@ -15,7 +15,6 @@ from reconstruct.predict import load_network, predict
 from reconstruct.refine import Misfit, RefineConfig, _Refinement, refine, root_of
 from reconstruct.render import render_stack
 
-
 STILL = RefineConfig(moves_px=(), recede_px=())  # saves time where moves do not matter
 
 
