@@ -242,7 +242,7 @@ class DefaultNet(nn.Module):
         parts.append(self._pooled(coc_px, features[:, :, : self.HEADS], valid, weight))
         mixed = where[:, None].repeat(1, half[0] * half[1], 1)  # (B, h w, 64)
         for part, weight in parts:
-            mixed.baddbmm_(part.flatten(2).mT, weight.expand(size_b, -1, -1))
+            mixed.baddbmm_(part.flatten(2).mT.type_as(mixed), weight.expand(size_b, -1, -1).type_as(mixed))
         del parts, part, cost
         mixed = F.leaky_relu_(mixed, 0.1).mT.unflatten(2, half)
         last = features.permute(0, 1, 3, 4, 2)  # over frames as they lie in memory: several times as fast

@@ -138,6 +138,22 @@ def test_predict_uses_the_calibration():
     assert torch.allclose(scaled.std_dpt, 3 * plain.std_dpt, rtol=1e-4)
 
 
+@pytest.mark.parametrize("holes", [False, True])
+def test_trains_in_bfloat16(holes):
+    """As on CUDA, whose training is under autocast."""
+    net = DefaultNet()
+    frames, focus, kappa = stack_of(3)
+    valid = torch.ones(1, 3, 48, 64, dtype=torch.bool)
+    valid[:, 1, :, 40:] = not holes
+    with torch.autocast("cpu", torch.bfloat16):
+        output = net(frames, focus, kappa, valid if holes else None)
+    exact = net(frames, focus, kappa, valid if holes else None)
+    moved_px = (output.inverse_depth_dpt - exact.inverse_depth_dpt).abs() * kappa.mean()
+    assert moved_px.mean() < 0.1
+    output.inverse_depth_dpt.sum().backward()
+    assert net.mix.weight.grad.abs().sum() > 0
+
+
 def test_pixels_without_data_are_left_out():
     net = awake(DefaultNet())
     frames, focus, kappa = stack_of(5)
