@@ -81,7 +81,7 @@ class RefineConfig:
     moves_px: tuple[int, ...] = (1, 2, 3)
     recede_px: tuple[int, ...] = (4, 12)
     colour_price_px: float = 20.0
-    rounds: int = 2
+    rounds: int = 3
     trial_steps: int = 3
     window_px: int = 5
     shifts: int = 6

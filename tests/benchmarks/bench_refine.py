@@ -28,7 +28,15 @@ from tests.benchmarks.foundation_stacks import ROOT, FoundationStack, foundation
 CONDITIONS = ("disc", "noisy", "mismatched")
 STARTS = ("network", "sweep")
 STEPS = 25
-TUNED_ON = ("mb14_motorcycle", "nyu_bathroom", "tum_office")
+TUNED_ON = (
+    "icl_livingroom",
+    "mb03_cones",
+    "mb14_adirondack",
+    "mb14_motorcycle",
+    "nyu_bathroom",
+    "redwood_chair",
+    "tum_office",
+)
 
 
 def started(start: str, stack: FoundationStack) -> Estimate:
