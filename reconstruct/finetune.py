@@ -23,8 +23,9 @@ import hashlib
 import itertools
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -386,6 +387,7 @@ def adapt(
     """
     if all(withheld_frame(stack) < 0 for stack in stacks):
         raise DataError("every stack has two frames only: none can be withheld to judge by; capture at least three")
+    stacks = told_apart(stacks)
     run.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(config.seed)
@@ -432,6 +434,17 @@ def adapt(
     if is_first_process():
         save_weights(run / "weights.safetensors", net.state_dict(), about)
     return Adaptation(before, after, run / "weights.safetensors")
+
+
+def told_apart(stacks: Sequence[CapturedStack]) -> list[CapturedStack]:
+    """`stacks` under names of their own: a second `stack` (from another folder) becomes `stack (2)`."""
+    met: Counter[str] = Counter()
+    found = []
+    for stack in stacks:
+        met[stack.name] += 1
+        count = met[stack.name]
+        found.append(stack if count == 1 else replace(stack, name=f"{stack.name} ({count})"))
+    return found
 
 
 def _spread_ratio(

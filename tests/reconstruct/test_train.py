@@ -445,6 +445,13 @@ def test_network_from_nothing_is_written_with_its_teacher(tmp_path, stack_file):
     assert about["started_from"] == "nothing"
 
 
+def test_stacks_of_one_name_are_all_judged(tmp_path, stack_file):
+    stack = load_captured(stack_file)
+    result = adapt([stack, stack.without(0)], None, tmp_path, QUICK, device=CPU, refine_steps=0)
+    assert list(result.after) == ["scene", "scene (2)"]
+    assert result.after["scene"] != result.after["scene (2)"]
+
+
 def test_two_frames_cannot_be_judged(tmp_path, stack_file):
     stack = load_captured(stack_file)
     while len(stack.frames) > 2:
