@@ -450,9 +450,8 @@ class Session:
         self.changed()
         return None
 
-    def _training_changed(self) -> None:
-        training = self.training
-        if training is not None and training.state == "finished" and training.weights is not None:
+    def _training_changed(self, training: Training) -> None:
+        if training.state == "finished" and training.weights is not None:
             assert self.held_out is not None
             stack = self.folder.stack(self.held_out)
             for purpose, weights in (("before", self._network()), ("after", str(training.weights))):

@@ -299,10 +299,13 @@ class Training:
 
     Args:
         command: the whole command line; `train_command` makes the usual one.
-        changed: called, from another thread, when there is something new to show.
+        changed: called with this, from another thread, when there is something new to show; a short run may have ended
+            before its maker has it.
     """
 
-    def __init__(self, command: Sequence[str], takes: Sequence[int], out: Path, changed: Callable[[], None]) -> None:
+    def __init__(
+        self, command: Sequence[str], takes: Sequence[int], out: Path, changed: Callable[[Training], None]
+    ) -> None:
         self.takes, self.out, self.changed = list(takes), out, changed
         self.lines: deque[str] = deque(maxlen=LINES_KEPT)
         self.table: list[str] = []
@@ -347,7 +350,7 @@ class Training:
         with stream:
             for line in stream:
                 keep(line.rstrip())
-                self.changed()
+                self.changed(self)
 
     def _wait(self) -> None:
         code = self._child.wait()
@@ -361,10 +364,10 @@ class Training:
             said = [line for line in self.lines if line.startswith("daif: ")]
             self.problem = said[-1].removeprefix("daif: ") if said else f"the training ended with exit code {code}"
         else:
-            self.state = "finished"
             weights = self.out / "weights.safetensors"
             self.weights = weights if weights.is_file() else None
-        self.changed()
+            self.state = "finished"
+        self.changed(self)
 
 
 def train_command(

@@ -301,14 +301,27 @@ def wait_for(training):
 
 def test_training_hands_on_lines_and_table(tmp_path):
     run = tmp_path / "01"
-    training = Training([sys.executable, "-c", WRITES_WEIGHTS, str(run)], [1], run, lambda: None)
+    training = Training([sys.executable, "-c", WRITES_WEIGHTS, str(run)], [1], run, lambda training: None)
     assert wait_for(training) == "finished"
     assert list(training.lines) == ["refining 1 stack(s)"] and training.table == ["mean  10.0  9.0  -10 %"]
     assert training.weights == run / "weights.safetensors"
 
 
+def test_looks_are_asked_for_when_a_run_has_ended_before_the_session_knows_it(tmp_path):
+    folder = SessionFolder(tmp_path, CAMERA)
+    session = Session(folder, camera=None, method="plane-sweep")
+    session.held_out, asked = 1, []
+    session.looker.add = asked.append
+    run = tmp_path / "training" / "01"
+    training = Training([sys.executable, "-c", WRITES_WEIGHTS, str(run)], [1], run, session._training_changed)
+    training._waiter.join()
+    assert session.training is None
+    assert [job.purpose for job in asked] == ["before", "after"]
+    folder.close()
+
+
 def test_a_stopped_training_ends_and_offers_nothing(tmp_path):
-    training = Training([sys.executable, "-c", "import time; time.sleep(60)"], [1], tmp_path, lambda: None)
+    training = Training([sys.executable, "-c", "import time; time.sleep(60)"], [1], tmp_path, lambda training: None)
     began = time.monotonic()
     training.stop()
     assert training.state == "stopped" and training.weights is None and time.monotonic() - began < 20
@@ -316,7 +329,7 @@ def test_a_stopped_training_ends_and_offers_nothing(tmp_path):
 
 def test_a_failed_training_says_the_command_line_s_sentence(tmp_path):
     command = train_command([tmp_path / "none.h5"], tmp_path / "01", init="default", lens=None, device="nonsense")
-    training = Training(command, [1], tmp_path / "01", lambda: None)
+    training = Training(command, [1], tmp_path / "01", lambda training: None)
     assert wait_for(training) == "failed"
     assert "nonsense" in training.problem and not training.problem.startswith("daif:")
 
@@ -327,7 +340,7 @@ def test_accepted_weights_are_used_for_what_follows(tmp_path):
     assert session._network() is None
     weights = tmp_path / "training" / "01" / "weights.safetensors"
     session.training = Training(
-        [sys.executable, "-c", WRITES_WEIGHTS, str(weights.parent)], [1], weights.parent, lambda: None
+        [sys.executable, "-c", WRITES_WEIGHTS, str(weights.parent)], [1], weights.parent, lambda training: None
     )
     assert wait_for(session.training) == "finished"
     assert session._decide("train_accept") is None
