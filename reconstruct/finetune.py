@@ -266,7 +266,7 @@ class DistilTask:
         first = self.drawn[int(rng.integers(len(self.drawn)))]
         alike = [lesson for lesson in self.drawn if len(lesson.stack.frames) == len(first.stack.frames)]
         taken: list[Lesson] = []
-        crops: list[list[Tensor]] = [[] for _ in range(2 + len(first.prior) - 1)]
+        crops: list[list[Tensor]] = [[] for _ in range(1 + len(first.prior))]  # frames, depth, prior but its brightness
         for place in range(self.config.batch):
             lesson = alike[int(rng.integers(len(alike)))]
             stack, wanted = lesson.stack, lesson.wanted
