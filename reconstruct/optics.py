@@ -90,7 +90,7 @@ def _from_profile(stack: FocalStack, profile: LensProfile) -> StackOptics:
     The profile's floor is not taken. The plane sweep blurs the sharper of two frames by sqrt(b^2 - a^2), and both hold
     the same floor s: convolution adds it alike to either side, so at the true depth they agree whatever s is.
     Refinement does render, but from an image fused from the frames, which holds the floor already; it keeps
-    `RefineConfig.floor_px`, whatever the lens.
+    its own `FLOOR_PX`, whatever the lens.
 
     Raises DataError if the profile does not fit the stack's size or knows nothing of its focus positions.
     """

@@ -152,12 +152,25 @@ def plane_sweep(
     Memory: `reconstruct/memory.py`.
     """
     config = config or SweepConfig()
-    context = context or photometry(frames, valid)
+    if context is None:
+        frames, focus_dpt, kappa, valid = far_to_near(frames, focus_dpt, kappa, valid)
+        context = photometry(frames, valid)
     evidence = evidence or gather_evidence(frames, focus_dpt, kappa, valid, config, context)
     swept = conclude(frames, focus_dpt, kappa, valid, evidence, config, context)
     std = swept.error_px / kappa.mean()
     aif = fuse(frames, focus_dpt, kappa, swept.inverse_depth_dpt, std, valid=valid, noise=context.noise)
     return Estimate(swept.inverse_depth_dpt, std, 1.0 / (1.0 + swept.error_px), aif)
+
+
+def far_to_near(
+    frames: Tensor, focus_dpt: Tensor, kappa: Tensor, valid: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The same stack in the order of focus: sums over frames round differently in every order, which would decide
+    between two depths that fit equally well."""
+    order = focus_dpt.argsort(stable=True)
+    if bool((order.diff() > 0).all()):
+        return frames, focus_dpt, kappa, valid
+    return frames[order], focus_dpt[order], kappa[order], None if valid is None else valid[order]
 
 
 def gather_evidence(

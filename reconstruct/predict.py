@@ -19,7 +19,7 @@ from reconstruct.estimate import Estimate
 from reconstruct.fusion import fuse
 from reconstruct.memory import keep_freed_memory
 from reconstruct.network import DefaultNet, PaperNet, Prior, build, sweep_prior
-from reconstruct.plane_sweep import Evidence, Photometry, photometry
+from reconstruct.plane_sweep import Evidence, Photometry, far_to_near, photometry
 
 MULTIPLE = 16  # both networks halve the image four times at most
 
@@ -106,6 +106,8 @@ def predict(
         context, evidence: where `frames` are a tile of a larger picture (`reconstruct/infer.py`).
     """
     height, width = frames.shape[-2:]
+    if context is None:
+        frames, focus_dpt, kappa, valid = far_to_near(frames, focus_dpt, kappa, valid)
     frames = torch.nan_to_num(frames)
     partly = None if valid is None or bool(valid.all()) else valid
     mask = None if partly is None else _padded(partly)[None]

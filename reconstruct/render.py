@@ -53,6 +53,7 @@ TILE_PX = 300  # side of the tiles that large images are rendered in: bounded me
 TAIL_SIGMAS = 4.5  # a Gaussian's reach: 7e-6 of its mass lies beyond
 LEAST_WEIGHT = 1e-3  # of a layer and everything behind it, below which it has no colour
 SCALE_KNEE, SCALE_RATIO = 0.3, 1.5  # of the gather's blur levels (notes/performance.md 1.1, last row)
+DISCS_BYTES = 64e6  # transfer functions of discs that are remembered for each size of image
 KEPT_BYTES = 128e6  # blurred layers or levels up to this size are kept for the way back, not made again
 
 
@@ -234,6 +235,9 @@ class Spectrum:
         self.parseval = (twice / (height * width)).repeat_interleave(2).to(device, dtype)
         self.cos_rows = _Cosines(rows[: height // 2 + 1].abs(), dtype, device)
         self.cos_columns = _Cosines(columns, dtype, device)
+        # a refinement asks for the same discs again and again
+        room = int(DISCS_BYTES / (height * (width + 2) * dtype.itemsize))
+        self._remembered = lru_cache(maxsize=max(room, 1))(self._disc_transfer)
 
     def zeros(self, *leading: int) -> Tensor:
         """A spectrum of nothing, (*leading, h, w + 2)."""
@@ -253,7 +257,10 @@ class Spectrum:
         if psf.shape == "gaussian":
             variance = ((psf.gain * coc_px) ** 2 + psf.floor_px**2)[:, None, None]
             return torch.exp(variance * self.bend_rows) * torch.exp(variance * self.bend_columns)
-        return torch.cat([self._spread(self._disc(coc)[0], psf) for coc in coc_px.split(1)])
+        return torch.cat([self._remembered(coc, psf) for coc in coc_px.tolist()])
+
+    def _disc_transfer(self, coc_px: float, psf: Psf) -> Tensor:
+        return self._spread(self._disc(torch.tensor([coc_px], dtype=self.dtype, device=self.device))[0], psf)
 
     def transfer_slope(self, coc_px: Tensor, psf: Psf) -> Tensor:
         """Derivative of `transfer` by the CoC diameter."""
