@@ -51,6 +51,7 @@ UNEXPLAINED = 2.0  # times the median misfit: pixels with more say little about 
 LEAST_CURVATURE = 3e-4  # of the misfit per px of blur squared: where nothing tells depth, it stays
 MOVES_AT = 0.4  # share of the steps before moves: the image fits by then, and enough are left to settle
 STEADY_SHARE = 0.5  # of the steps at full length; then they shrink to 0
+NOISE_PX = 0.05  # changes of blur that noise alone brings about in a pixel
 
 
 @dataclass(frozen=True)
@@ -299,8 +300,8 @@ class _Refinement:
         curvature = weight * (nearer + farther - 2 * here) / PROBE_PX**2
         wanted, stiffness = edge_aware_mean(
             torch.stack([curvature * self.shift_px - slope, curvature]),
-            self._links(0),
-            self._links(1),
+            self._links(self.depth_px.detach(), 0),
+            self._links(self.depth_px.detach(), 1),
             self.config.reach_px**2,
         )
         held = self.config.hold * here.median() / self.std_px.square() + LEAST_CURVATURE
@@ -353,9 +354,9 @@ class _Refinement:
         misfit.kappa = self.told_kappa * (1 + _beside(ratio, alike[:, None]))
         self._restart()
 
-    def _links(self, along: int) -> Tensor:
+    def _links(self, depth_px: Tensor, along: int) -> Tensor:
         """How surely neighbours along an axis are of one surface, 0 to 1."""
-        by_depth = (self.depth_px.detach().diff(dim=along) / EDGE_PX).square()
+        by_depth = (depth_px.diff(dim=along) / EDGE_PX).square()
         by_image = self.root.detach().diff(dim=along + 1).abs().sum(0) / EDGE_ROOT
         return torch.exp(-by_depth - by_image)
 
@@ -410,10 +411,10 @@ class _Refinement:
 
     @torch.no_grad()
     def best(self) -> Estimate:
-        """The state with the lowest loss since the last moves, its error re-estimated."""
+        """The state with the lowest loss since the last moves, settled, and its error re-estimated."""
         start = self.start
         self._keep_if_best(float(self.loss()))
-        inverse_depth = self.kept_px * self.dpt_per_px
+        inverse_depth = self._settled(self.kept_px) * self.dpt_per_px
         # the free image follows the noise of the frames; what the frames show at the new depth does not
         aif = self.misfit.fused(inverse_depth, self.std_dpt)
         # a pixel that had to move far was, and may still be, less sure than its start said
@@ -422,6 +423,14 @@ class _Refinement:
         wider = (std * kappa).square() - (start.std_dpt * kappa).square()
         confidence = start.confidence / (1 + start.confidence * wider)
         return start._replace(inverse_depth_dpt=inverse_depth, std_dpt=std, confidence=confidence, aif=aif)
+
+    def _settled(self, depth_px: Tensor) -> Tensor:
+        """`depth_px` pooled along surfaces, less the changes that are no larger than what noise makes of the start."""
+        links = (self._links(depth_px, along) for along in (0, 1))
+        pooled = edge_aware_mean(depth_px[None], *links, self.config.reach_px**2)[0]
+        start_px = self.start.inverse_depth_dpt / self.dpt_per_px
+        change = pooled - start_px
+        return start_px + change * change.square() / (change.square() + NOISE_PX**2)
 
     def _keep_if_best(self, loss: float) -> None:
         if loss < self.lowest:

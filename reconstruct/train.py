@@ -49,6 +49,9 @@ class TrainConfig(BaseModel):
     held_out_scenes: int = Field(24, ge=1, description="simulated scenes for validation only")
     scene_px: int = Field(208, ge=32)
     learning_rate: float = Field(1e-3, gt=0)
+    schedule_steps: int = Field(
+        0, ge=0, description="over which it falls, if `steps` is only their beginning; 0: steps"
+    )
     restart_step: int = Field(0, ge=0, description="where it rises again, to half of that; 0 never")
     warmup_steps: int = Field(100, ge=0)
     weight_decay: float = Field(1e-4, ge=0)
@@ -135,7 +138,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
     Warm restarts as in Loshchilov and Hutter 2017.
     """
-    peak, begin, end = config.learning_rate, 0, config.steps
+    peak, begin, end = config.learning_rate, 0, config.schedule_steps or config.steps
     if 0 < config.restart_step < config.steps:
         if step < config.restart_step:
             end = config.restart_step

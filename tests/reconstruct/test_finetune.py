@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from dataclasses import replace
@@ -16,6 +17,7 @@ from capture.scenes import procedural_scene
 from reconstruct import finetune
 from reconstruct.dataset import CapturedStack
 from reconstruct.finetune import Lesson, reliably_lower, withheld_error
+from reconstruct.predict import load_network
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,17 @@ def test_a_gain_must_exceed_the_disagreement_of_the_stacks():
     assert not reliably_lower([3.0], [2.99])
     assert reliably_lower([3.0], [2.9])
     assert not reliably_lower([3.0, 2.0], [3.1, 2.1])
+
+
+def test_a_fine_tuned_network_keeps_a_share_of_its_start():
+    start = load_network("default", torch.device("cpu"))
+    learned = copy.deepcopy(start.net)
+    with torch.no_grad():
+        for parameter in learned.parameters():
+            parameter += 1.0
+    kept, before = finetune._tempered(start, learned), start.net.state_dict()
+    assert all(torch.allclose(new, before[name] + finetune.KEPT_CHANGE) for name, new in kept.state_dict().items())
+    assert all(torch.allclose(learned.state_dict()[name], before[name] + 1) for name in before)  # goes on learning
 
 
 def test_processes_share_the_refining(captured, tmp_path, monkeypatch):

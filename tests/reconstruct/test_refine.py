@@ -124,6 +124,20 @@ def test_a_surface_that_lies_wrong_as_a_whole_is_shifted(stack):
     assert stack.error(refined) < 0.6 * stack.error(started)
 
 
+def test_changes_that_noise_makes_are_smoothed_away_and_edges_kept(stack):
+    """A step of 1.5 px that descent added to a flat start, under noise that it added too."""
+    dpt_per_px = 4 / float(stack.kappa.mean())
+    flat = torch.full_like(stack.truth, 3.0)
+    aif = torch.full((3, *flat.shape), 0.4)
+    start = stack.start._replace(inverse_depth_dpt=flat * dpt_per_px, aif=aif)
+    state = _Refinement(Misfit(stack.frames, stack.focus, stack.kappa), start, RefineConfig())
+    stepped = flat + 1.5 * (torch.arange(96) >= 48)
+    noise = 0.08 * torch.randn(flat.shape, generator=torch.Generator().manual_seed(0))
+    settled = state._settled(stepped + noise)
+    assert (settled - stepped).abs().mean() < 0.25 * noise.abs().mean()
+    assert (settled[:, 46:50] - stepped[:, 46:50]).abs().max() < 0.15
+
+
 @pytest.mark.parametrize("size_px", [0.1, 0.2])
 def test_frames_that_are_focused_elsewhere_than_they_say_are_found(stack, size_px, caplog):
     """By what no shift or stretch of all of them explains; the rest is the calibration's."""
