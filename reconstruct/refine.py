@@ -426,8 +426,8 @@ class _Refinement:
 
     def _settled(self, depth_px: Tensor) -> Tensor:
         """`depth_px` pooled along surfaces, less the changes that are no larger than what noise makes of the start."""
-        links = (self._links(depth_px, along) for along in (0, 1))
-        pooled = edge_aware_mean(depth_px[None], *links, self.config.reach_px**2)[0]
+        down, right = (self._links(depth_px, along) for along in (0, 1))
+        pooled = edge_aware_mean(depth_px[None], down, right, self.config.reach_px**2)[0]
         start_px = self.start.inverse_depth_dpt / self.dpt_per_px
         change = pooled - start_px
         return start_px + change * change.square() / (change.square() + NOISE_PX**2)

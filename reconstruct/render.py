@@ -53,6 +53,8 @@ TILE_PX = 300  # side of the tiles that large images are rendered in: bounded me
 TAIL_SIGMAS = 4.5  # a Gaussian's reach: 7e-6 of its mass lies beyond
 LEAST_WEIGHT = 1e-3  # of a layer and everything behind it, below which it has no colour
 SCALE_KNEE, SCALE_RATIO = 0.3, 1.5  # of the gather's blur levels (notes/performance.md 1.1, last row)
+GATHER_REACHES = 4  # side of its tiles: it holds three colours of every level
+EXTRA_LEVEL = (3, -3, 1)  # of the first three levels: the one before them, on their parabola
 DISCS_BYTES = 64e6  # transfer functions of discs that are remembered for each size of image
 KEPT_BYTES = 128e6  # blurred layers or levels up to this size are kept for the way back, not made again
 
@@ -141,7 +143,7 @@ def render_stack(
     if model == "gather":
         coc_px = coc_diameter_px(kappa[..., None, None], focus_dpt[..., None, None], inverse_depth_dpt)
         variance = (gaussian_gain * coc_px).square() + floor_px**2
-        return torch.stack([_Gather.apply(aif[b], variance[b]) for b in range(batch)])
+        return _joined([_Gather.apply(aif[b], variance[b]) for b in range(batch)])
     if hidden is not None and (model != "occlusion" or hidden.inverse_depth_dpt.shape != inverse_depth_dpt.shape):
         raise ValueError(f"hidden background of shape {tuple(hidden.inverse_depth_dpt.shape)} does not suit {model}")
     items = []
@@ -150,7 +152,12 @@ def render_stack(
         if hidden is not None:
             surfaces.append((hidden.aif[b], hidden.inverse_depth_dpt[b, 0].detach()))
         items.append(_layered(surfaces, focus_dpt[b], kappa[b], shape, layer_step_px, model))
-    return torch.stack(items)
+    return _joined(items)
+
+
+def _joined(stacks: list[Tensor]) -> Tensor:
+    """`torch.stack`, but a single large stack is not copied."""
+    return stacks[0][None] if len(stacks) == 1 else torch.stack(stacks)
 
 
 def hidden_inverse_depth(inverse_depth_dpt: Tensor, kappa: Tensor) -> Tensor:
@@ -472,9 +479,9 @@ class Tile:
         )
 
 
-def _tiles(height: int, width: int, reach: int) -> Iterator[Tile]:
-    """Tiles that cover the image, each with a halo of `reach`; the wider the blur, the larger the tiles."""
-    side = max(TILE_PX, 6 * reach)
+def _tiles(height: int, width: int, reach: int, reaches: int = 6) -> Iterator[Tile]:
+    """Tiles that cover the image, each with a halo of `reach`; the wider the blur, the larger, `reaches` times that."""
+    side = max(TILE_PX, reaches * reach)
     tall, wide = (math.ceil(length / max(1, round(length / side))) for length in (height, width))
     for top in range(0, height, tall):
         bottom = min(top + tall, height)
@@ -755,16 +762,20 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, aif: Tensor, variance: Tensor) -> Tensor:
         scales = Scales.covering(variance)
         out = aif.new_empty(variance.shape[0], 3, *variance.shape[1:])
-        tiles = list(_tiles(variance.shape[1], variance.shape[2], scales.reach))
+        tiles = list(_tiles(variance.shape[1], variance.shape[2], scales.reach, GATHER_REACHES))
         ctx.kept = None
         for tile in tiles:
             spectrum = _tile_spectrum(tile, scales.reach, aif)
-            levels, norm = _levels(aif, tile, spectrum, scales)
-            here = variance[(..., *tile.proper)]
-            taps = scales.taps(here)
-            if len(tiles) == 1 and 2 * levels.nbytes + norm.nbytes + 4 * taps.weights.nbytes <= KEPT_BYTES:
-                ctx.kept = levels, norm, taps
-            out[(..., *tile.proper)] = taps.mixed(levels, taps.weights).view(3, *here.shape).transpose(0, 1)
+            table, norm = _levels(aif, tile, spectrum, scales)
+            keep = len(tiles) == 1 and 2 * table.nbytes + norm.nbytes + 16 * variance.nbytes <= KEPT_BYTES
+            every = []
+            for k, here in enumerate(variance[(..., *tile.proper)]):
+                taps = scales.taps(here)
+                out[(k, slice(None), *tile.proper)] = taps.mixed(table, taps.weights).view(3, *here.shape)
+                if keep:
+                    every.append(taps)
+            if keep:
+                ctx.kept = table, norm, every
         ctx.save_for_backward(aif, variance)
         return out
 
@@ -774,20 +785,23 @@ class _Gather(torch.autograd.Function):
         aif, variance = ctx.saved_tensors
         scales = Scales.covering(variance)
         grad_aif, grad_variance = torch.zeros_like(aif), torch.empty_like(variance)
-        for tile in _tiles(variance.shape[1], variance.shape[2], scales.reach):
+        for tile in _tiles(variance.shape[1], variance.shape[2], scales.reach, GATHER_REACHES):
             spectrum = _tile_spectrum(tile, scales.reach, aif)
-            here = variance[(..., *tile.proper)]
-            levels, norm, taps = ctx.kept or (*_levels(aif, tile, spectrum, scales), scales.taps(here))
-            grad = grad_out[(..., *tile.proper)].transpose(0, 1)
-            slopes = taps.mixed(levels, taps.slopes).view(3, *here.shape)
-            grad_variance[(..., *tile.proper)] = slopes.mul_(grad).sum(0)
-            grad_levels = taps.spread(grad, len(levels))
-            grad_levels = scales.pull_back(grad_levels)
+            table, norm, every = ctx.kept or (*_levels(aif, tile, spectrum, scales), None)
+            grad_levels = aif.new_zeros(3, scales.count + 1, *norm.shape[2:])
+            for k, here in enumerate(variance[(..., *tile.proper)]):
+                taps = every[k] if every else scales.taps(here)
+                grad = grad_out[(k, slice(None), *tile.proper)]
+                slopes = taps.mixed(table, taps.slopes).view(3, *here.shape)
+                grad_variance[(k, *tile.proper)] = slopes.mul_(grad).sum(0)
+                taps.spread(grad, grad_levels)
+            del table
+            by_level = scales.pull_back(grad_levels.transpose(0, 1))
             size = aif[(0, *tile.wide)].shape
             returned = spectrum.zeros(3)
             placed = aif.new_zeros(3, *size)
             for level, variance_of_level in enumerate(scales.variances):
-                placed[(..., *tile.inner)] = grad_levels[level] / norm[level]
+                placed[(..., *tile.inner)] = by_level[level] / norm[level]
                 returned.addcmul_(spectrum.gaussian(variance_of_level), spectrum.forward(placed))
             grad_aif[(..., *tile.wide)] += spectrum.inverse(returned, *size)
         return grad_aif, grad_variance
@@ -795,27 +809,24 @@ class _Gather(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Taps:
-    """Which four levels each pixel of each frame mixes, with what weights, and their derivatives by the variance.
+    """Which four levels each pixel of a frame mixes, with what weights, and their derivatives by the variance.
 
-    All are (S * h * w, 4); `rows` numbers the pixels of all levels, (L, h, w) in order.
+    All are (h * w, 4); `rows` numbers the pixels of all levels, (L, h, w) in order.
     """
 
     rows: Tensor
     weights: Tensor
     slopes: Tensor
 
-    def mixed(self, levels: Tensor, weights: Tensor) -> Tensor:
-        """Sum of `weights` times `levels` (L, 3, h, w), (3, S * h * w)."""
-        table = levels.flatten(2).mT.reshape(-1, 3)
+    def mixed(self, table: Tensor, weights: Tensor) -> Tensor:
+        """Sum of `weights` times the levels' colours, a `table` of (L * h * w, 3); (3, h * w)."""
         return functional.embedding_bag(self.rows, table, mode="sum", per_sample_weights=weights).T
 
-    def spread(self, grad: Tensor, levels: int) -> Tensor:
-        """Adjoint of `mixed`: `grad` (3, S, h, w) given back to the levels, (L, 3, h, w)."""
-        returned = grad.new_zeros(3, levels, *grad.shape[2:])
+    def spread(self, grad: Tensor, levels: Tensor) -> None:
+        """Adjoint of `mixed`: adds `grad` (3, h, w), given back to the levels, to `levels` (3, L, h, w)."""
         rows = self.rows.flatten()
-        for target, part in zip(returned, grad, strict=True):
+        for target, part in zip(levels, grad, strict=True):
             target.view(-1).scatter_add_(0, rows, (self.weights * part.reshape(-1, 1)).flatten())
-        return returned.transpose(0, 1)
 
 
 @dataclass(frozen=True)
@@ -843,7 +854,7 @@ class Scales:
         return math.ceil(TAIL_SIGMAS * math.sqrt(self.variances[-1]) + 2)
 
     def taps(self, variance: Tensor) -> Taps:
-        """What each pixel of `variance` (S, h, w) mixes. Level 0 of the mix is an extra one before the first."""
+        """What each pixel of `variance` (h, w) mixes. Level 0 of the mix is an extra one before the first."""
         flat = variance.flatten()
         place = torch.log((SCALE_KNEE + flat) / (SCALE_KNEE + self.least)).div_(math.log(SCALE_RATIO))
         cell = place.floor().clamp_(0, self.count - 3)
@@ -867,35 +878,31 @@ class Scales:
             ],
             -1,
         ).mul_(rate[:, None])
-        pixels = variance[0].numel()
-        first = cell.long().view(len(variance), pixels).mul_(pixels) + torch.arange(pixels, device=flat.device)
-        return Taps(first.view(-1, 1) + torch.arange(0, 4 * pixels, pixels, device=flat.device), weights, slopes)
-
-    @staticmethod
-    def extended(levels: Tensor) -> Tensor:
-        """`levels` with one more before the first, on the parabola through the first three."""
-        return torch.cat([(3 * levels[0] - 3 * levels[1] + levels[2])[None], levels])
+        pixels = flat.numel()
+        first = cell.long().mul_(pixels) + torch.arange(pixels, device=flat.device)
+        return Taps(first[:, None] + torch.arange(0, 4 * pixels, pixels, device=flat.device), weights, slopes)
 
     @staticmethod
     def pull_back(grad: Tensor) -> Tensor:
-        """Adjoint of `extended`."""
-        levels = grad[1:].clone()
-        for level, share in enumerate((3, -3, 1)):
-            levels[level] += share * grad[0]
+        """`grad` (L + 1, 3, h, w) without the extra level, whose part goes to the three it was made of; in place."""
+        levels = grad[1:]
+        for level, share in zip(levels, EXTRA_LEVEL, strict=False):
+            level.add_(grad[0], alpha=share)
         return levels
 
 
 def _levels(aif: Tensor, tile: Tile, spectrum: Spectrum, scales: Scales) -> tuple[Tensor, Tensor]:
-    """The tile blurred at every level (with the extra one), (L + 1, 3, h, w), and the levels' weights (L, 1, h, w)."""
+    """The tile's colours at every level, the extra one first, ((L + 1) * h * w, 3), and their weights (L, 1, h, w)."""
     image = aif[(..., *tile.wide)]
     source = spectrum.forward(torch.cat([image, torch.ones_like(image[:1])]))
-    blurred = []
-    for variance in scales.variances:
-        spread = spectrum.inverse(source * spectrum.gaussian(variance), *image.shape[1:])
-        blurred.append(spread[(..., *tile.inner)])
-    stacked = torch.stack(blurred)
-    norm = stacked[:, 3:]
-    return Scales.extended(stacked[:, :3] / norm), norm
+    size = aif[(0, *tile.proper)].shape
+    table, norm = aif.new_empty(scales.count + 1, *size, 3), aif.new_empty(scales.count, 1, *size)
+    for level, variance in enumerate(scales.variances):
+        spread = spectrum.inverse(source * spectrum.gaussian(variance), *image.shape[1:])[(..., *tile.inner)]
+        norm[level] = spread[3]
+        table[level + 1] = (spread[:3] / spread[3]).permute(1, 2, 0)
+    table[0] = sum(share * level for share, level in zip(EXTRA_LEVEL, table[1:], strict=False))
+    return table.view(-1, 3), norm
 
 
 # --- the published operator -----------------------------------------------------------------------------------------
@@ -927,42 +934,58 @@ def _shifts(window: int, height: int, width: int) -> Iterator[tuple[int, tuple[s
 
 
 class _Published(torch.autograd.Function):
-    """Loops over the taps in both directions instead of keeping window^2 maps."""
+    """Loops over the taps in both directions instead of keeping window^2 maps; tile by tile, in warm caches."""
 
     @staticmethod
     def forward(ctx: Any, image: Tensor, radius_px: Tensor, window: int) -> Tensor:
-        gate = radius_px > 1
-        safe = torch.where(gate, radius_px, torch.ones_like(radius_px))
-        mass, decay = gate / (safe * safe), -2 / (safe * safe)
-        light = image[:, None] * mass[:, :, None]
-        total = torch.zeros_like(light)
-        weight = torch.zeros_like(mass)
-        for distance2, receiver, source in _shifts(window, *image.shape[-2:]):
-            falloff = torch.exp(decay[(..., *source)] * distance2)
-            total[(..., *receiver)] += falloff[:, :, None] * light[(..., *source)]
-            weight[(..., *receiver)] += falloff * mass[(..., *source)]
-        weight = torch.where(gate, weight, torch.ones_like(weight))
-        out = torch.where(gate[:, :, None], total / weight[:, :, None], image[:, None])
-        ctx.save_for_backward(image, radius_px, out, weight)
+        height, width = image.shape[-2:]
+        out = image.new_empty(*radius_px.shape[:2], 3, height, width)
+        norm = torch.empty_like(radius_px)
+        for tile in _tiles(height, width, window // 2):
+            light, radius = image[(..., *tile.wide)][:, None], radius_px[(..., *tile.wide)]
+            gate, _, mass, decay = _published_kernel(radius)
+            source_light = light * mass[:, :, None]
+            total, weight = torch.zeros_like(source_light), torch.zeros_like(mass)
+            for distance2, receiver, source in _shifts(window, *radius.shape[-2:]):
+                falloff = torch.exp(decay[(..., *source)] * distance2)
+                total[(..., *receiver)] += falloff[:, :, None] * source_light[(..., *source)]
+                weight[(..., *receiver)] += falloff * mass[(..., *source)]
+            weight = torch.where(gate, weight, 1.0)
+            mixed = torch.where(gate[:, :, None], total / weight[:, :, None], light)
+            out[(..., *tile.proper)] = mixed[(..., *tile.inner)]
+            norm[(..., *tile.proper)] = weight[(..., *tile.inner)]
+        ctx.save_for_backward(image, radius_px, out, norm)
         ctx.window = window
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        image, radius_px, out, weight = ctx.saved_tensors
-        gate = radius_px > 1
-        safe = torch.where(gate, radius_px, torch.ones_like(radius_px))
-        mass, decay = gate / (safe * safe), -2 / (safe * safe)
-        passed = torch.where(gate[:, :, None], torch.zeros_like(grad_out), grad_out)
-        grad_total = (grad_out - passed) / weight[:, :, None]
-        grad_weight = -(grad_total * out).sum(2)
-        grad_image, grad_radius = passed.sum(1), torch.zeros_like(radius_px)
-        for distance2, receiver, source in _shifts(ctx.window, *image.shape[-2:]):
-            kernel = torch.exp(decay[(..., *source)] * distance2) * mass[(..., *source)]
-            from_total = grad_total[(..., *receiver)]
-            grad_image[(..., *source)] += (kernel[:, :, None] * from_total).sum(1)
-            grad_kernel = (from_total * image[:, None][(..., *source)]).sum(2) + grad_weight[(..., *receiver)]
-            c = safe[(..., *source)]
-            grad_radius[(..., *source)] += grad_kernel * kernel * (4 * distance2 / c**3 - 2 / c)
+        image, radius_px, out, norm = ctx.saved_tensors
+        grad_image, grad_radius = torch.zeros_like(image), torch.zeros_like(radius_px)
+        for tile in _tiles(image.shape[-2], image.shape[-1], ctx.window // 2):
+            wide = (..., *tile.wide)
+            light, gradient = image[wide][:, None], torch.zeros_like(grad_out[wide])
+            gradient[(..., *tile.inner)] = grad_out[(..., *tile.proper)]  # of receivers; sources lie in the halo too
+            gate, safe, mass, decay = _published_kernel(radius_px[wide])
+            passed = torch.where(gate[:, :, None], 0.0, gradient)
+            grad_total = (gradient - passed) / norm[wide][:, :, None]
+            grad_weight = -(grad_total * out[wide]).sum(2)
+            to_image, to_radius = passed.sum(1), torch.zeros_like(safe)
+            for distance2, receiver, source in _shifts(ctx.window, *safe.shape[-2:]):
+                kernel = torch.exp(decay[(..., *source)] * distance2) * mass[(..., *source)]
+                from_total = grad_total[(..., *receiver)]
+                to_image[(..., *source)] += (kernel[:, :, None] * from_total).sum(1)
+                grad_kernel = (from_total * light[(..., *source)]).sum(2) + grad_weight[(..., *receiver)]
+                c = safe[(..., *source)]
+                to_radius[(..., *source)] += grad_kernel * kernel * (4 * distance2 / c**3 - 2 / c)
+            grad_image[wide] += to_image
+            grad_radius[wide] += to_radius
         return grad_image, grad_radius, None
+
+
+def _published_kernel(radius_px: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Which pixels blur, their radius (1 elsewhere), a source's weight at distance 0, and how it falls off."""
+    gate = radius_px > 1
+    safe = torch.where(gate, radius_px, 1.0)
+    return gate, safe, gate / (safe * safe), -2 / (safe * safe)

@@ -209,7 +209,7 @@ def test_gather_gradcheck():
     assert torch.autograd.gradcheck(rendered, (aif, depth, focus, kappa), fast_mode=True)
 
 
-def tiles_of_35(height, width, reach):
+def tiles_of_35(height, width, reach, reaches=0):
     """`_tiles` without its preference for tiles much larger than their halo."""
     for top in range(0, height, 35):
         for left in range(0, width, 35):
@@ -222,7 +222,7 @@ def tiles_of_35(height, width, reach):
             )
 
 
-@pytest.mark.parametrize("model", ["scatter", "occlusion", "gather", "occlusion, hidden"])
+@pytest.mark.parametrize("model", ["scatter", "occlusion", "gather", "published", "occlusion, hidden"])
 @pytest.mark.parametrize("psf", ["gaussian", "disc"])
 def test_tiles_leave_no_seam(monkeypatch, model, psf):
     model, *with_hidden = model.split(", ")
