@@ -145,6 +145,7 @@ class DefaultNet(nn.Module):
     BOUND = 12.0  # largest change of a log-weight by the U-Net: more than half of temperature x saturation
     CONTEXT, FINE = 8, 16  # channels handed to full size, and of the convolutions there
     FINE_BOUND_PX = 4.0  # largest change of the answer at full size, CoC diameter
+    bf16 = False  # for training: the U-Net's convolutions; elsewhere that cost a quarter of what fine-tuning gains
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
@@ -242,19 +243,21 @@ class DefaultNet(nn.Module):
         parts.append(self._pooled(coc_px, features[:, :, : self.HEADS], valid, weight))
         mixed = where[:, None].repeat(1, half[0] * half[1], 1)  # (B, h w, 64)
         for part, weight in parts:
-            mixed.baddbmm_(part.flatten(2).mT.type_as(mixed), weight.expand(size_b, -1, -1).type_as(mixed))
+            mixed.baddbmm_(part.flatten(2).mT, weight.expand(size_b, -1, -1))
         del parts, part, cost
         mixed = F.leaky_relu_(mixed, 0.1).mT.unflatten(2, half)
         last = features.permute(0, 1, 3, 4, 2)  # over frames as they lie in memory: several times as fast
         pooled = [over(1).permute(0, 3, 1, 2) for over in (last.mean, last.amax)]
         signs = [least - 0.7, typical - 1.5, error_px.log()]
-        x1 = self.stem(_beside(mixed, *pooled, *signs))
-        x2 = self.down2(x1)
-        x3 = self.down3(x2)
-        x = self.down4(x3)
-        x = self.up3(_beside(_twice(x), x3))
-        x = self.up2(_beside(_twice(x), x2))
-        x = self.up1(_beside(_twice(x), x1))
+        with torch.autocast(frames.device.type, torch.bfloat16, enabled=self.bf16):
+            x1 = self.stem(_beside(mixed, *pooled, *signs))
+            x2 = self.down2(x1)
+            x3 = self.down3(x2)
+            x = self.down4(x3)
+            x = self.up3(_beside(_twice(x), x3))
+            x = self.up2(_beside(_twice(x), x2))
+            x = self.up1(_beside(_twice(x), x1))
+        x = x.float()
 
         change = self.BOUND * torch.tanh(self.logit(x).contiguous() / self.BOUND)
         logits = F.softplus(self.temperature) * base + F.softplus(self.trust) * answer + change
@@ -396,6 +399,8 @@ class PaperNet(nn.Module):
             near..far, which pins the farthest pixel of every image to `far_m`.
     """
 
+    bf16 = False  # for training
+
     def __init__(
         self, width: int = 16, levels: int = 4, near_m: float = 0.1, far_m: float = 10.0, post: str = "clip"
     ) -> None:
@@ -444,7 +449,9 @@ class PaperNet(nn.Module):
         with_aif: bool = True,
     ) -> NetworkOutput:
         """As `DefaultNet.forward`; the last four are not used, the published network knows no optics."""
-        raw = self.raw(frames, 1.0 / focus_dpt.clamp_min(1e-2))
+        with torch.autocast(frames.device.type, torch.bfloat16, enabled=self.bf16):
+            raw = self.raw(frames, 1.0 / focus_dpt.clamp_min(1e-2))
+        raw = raw.float()
         inverse_depth = 1.0 / self.depth_m(raw).clamp_min(self.near_m)
         return NetworkOutput(inverse_depth, torch.full_like(inverse_depth, torch.nan), raw[:, :3].clamp(0.0, 1.0))
 

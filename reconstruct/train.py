@@ -317,6 +317,7 @@ def fit(
             f"make `batch` at least {shares}"
         )
     net.to(device)
+    net.bf16 = _bf16(device)
     if device.type == "cuda":
         net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     fused = device.type in ("cpu", "cuda")
@@ -343,9 +344,8 @@ def fit(
                     weight = len(batch.frames) * world / config.batch  # the processes' gradients are averaged
                     apart = isinstance(model, nn.parallel.DistributedDataParallel) and turn < config.accumulate - 1
                     with model.no_sync() if apart else nullcontext():  # type: ignore[operator]
-                        with torch.autocast(device.type, torch.bfloat16, enabled=_bf16(device)):
-                            optics = batch.focus_dpt, batch.kappa
-                            output = model(batch.frames, *optics, prior=batch.prior, with_aif=batch.aif is not None)
+                        optics = batch.focus_dpt, batch.kappa
+                        output = model(batch.frames, *optics, prior=batch.prior, with_aif=batch.aif is not None)
                         terms = task.terms(output, batch)
                         _check_finite(terms, step, run)
                         (weight * torch.stack(list(terms)).sum()).backward()
@@ -397,6 +397,7 @@ def fit(
                 saved_at = time.monotonic()
             if last:
                 break
+    net.bf16 = False
     if board is not None:
         board.close()
     answer = {name: tensor.to(device) for name, tensor in (best or average.tensors).items()}

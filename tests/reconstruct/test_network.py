@@ -140,16 +140,18 @@ def test_predict_uses_the_calibration():
 
 @pytest.mark.parametrize("holes", [False, True])
 def test_trains_in_bfloat16(holes):
-    """As on CUDA, whose training is under autocast."""
-    net = DefaultNet()
+    """As on CUDA: the U-Net only, so that the answer hardly moves."""
+    net = awake(DefaultNet())
     frames, focus, kappa = stack_of(3)
     valid = torch.ones(1, 3, 48, 64, dtype=torch.bool)
     valid[:, 1, :, 40:] = not holes
-    with torch.autocast("cpu", torch.bfloat16):
-        output = net(frames, focus, kappa, valid if holes else None)
+    net.bf16 = True
+    output = net(frames, focus, kappa, valid if holes else None)
+    net.bf16 = False
     exact = net(frames, focus, kappa, valid if holes else None)
     moved_px = (output.inverse_depth_dpt - exact.inverse_depth_dpt).abs() * kappa.mean()
-    assert moved_px.mean() < 0.1
+    assert 0 < moved_px.mean() < 0.02
+    assert output.inverse_depth_dpt.dtype == output.logits.dtype == torch.float32
     output.inverse_depth_dpt.sum().backward()
     assert net.mix.weight.grad.abs().sum() > 0
 
