@@ -95,6 +95,12 @@ def new_net():
     return DefaultNet()
 
 
+def test_the_beginning_of_a_longer_schedule_has_its_rates():
+    whole = TrainConfig(steps=1000, warmup_steps=10)
+    beginning = whole.model_copy(update={"steps": 100, "schedule_steps": 1000})
+    assert [learning_rate(beginning, step) for step in range(100)] == [learning_rate(whole, s) for s in range(100)]
+
+
 def test_overfits_one_batch(tmp_path):
     net, task = new_net(), ToyTask()
     before = task.validate(net)["mae"]
