@@ -419,12 +419,12 @@ def adapt(
         before = {x.full.name: _sweep_error(x, device) for x in judge.lessons if x.withheld >= 0}
     else:
         before = judge.errors(start.net)
-    after = judge.errors(net if start is None else _tempered(start, net))
+    after = judge.errors(_tempered(start, net))
     if start is not None:
         if not reliably_lower(list(before.values()), list(after.values())):
             return Adaptation(before, after, None)
         teach(DistilTask(lessons(withhold=False), config, device, run), run)
-    kept = net if start is None else _tempered(start, net)
+    kept = _tempered(start, net)
     about: dict[str, Any] = {
         "preset": "paper" if isinstance(kept, PaperNet) else "default",
         "teacher": DISTILLED,
@@ -442,8 +442,10 @@ def adapt(
     return Adaptation(before, after, run / "weights.safetensors")
 
 
-def _tempered(start: TrainedNetwork, net: DefaultNet | PaperNet) -> DefaultNet | PaperNet:
-    """KEPT_CHANGE of the way from the weights of `start` to those of `net`; a network of its own."""
+def _tempered(start: TrainedNetwork | None, net: DefaultNet | PaperNet) -> DefaultNet | PaperNet:
+    """A network KEPT_CHANGE of the way from the weights of `start` to those of `net`; `net` where there is no start."""
+    if start is None:
+        return net
     between = copy.deepcopy(net)
     learned = net.state_dict()
     weights = start.net.state_dict().items()

@@ -136,7 +136,7 @@ def supervised_terms(output: NetworkOutput, batch: StackBatch, config: TrainConf
 def learning_rate(config: TrainConfig, step: int) -> float:
     """Linear warm-up, then a cosine down to 1 % of the peak; the same once more from `restart_step`, half as high.
 
-    Warm restarts as in Loshchilov and Hutter 2017.
+    Warm restarts as in Loshchilov and Hutter 2017. Of a longer schedule (`schedule_steps`), its beginning.
     """
     peak, begin, end = config.learning_rate, 0, config.schedule_steps or config.steps
     if 0 < config.restart_step < config.steps:
