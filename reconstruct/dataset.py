@@ -39,7 +39,7 @@ from reconstruct.device import own_share
 from reconstruct.estimate import Estimate
 from reconstruct.network import Prior
 from reconstruct.optics import optics_of
-from reconstruct.plane_sweep import photometry
+from reconstruct.plane_sweep import photometry, quietened
 
 PHOTOGRAPHS = (
     "astronaut",
@@ -379,7 +379,7 @@ def training_stack(
     image = _decode(scene.frames[chosen][:, window[0], window[1]]) * np.float32(exposure)
     if rng.random() < 0.3:
         image = image * (1 + rng.normal(0, 0.01, (frames, 1, 1, 1))).astype(np.float32)
-    noise_std = float(np.exp(rng.uniform(np.log(0.001), np.log(0.04))))
+    noise_std = float(np.exp(rng.uniform(np.log(0.001), np.log(0.06))))
     image = image + noise_std * np.sqrt(image + np.float32(0.01)) * rng.standard_normal(image.shape, dtype=np.float32)
     image = np.clip(image, 0, 1)
     if rng.random() < 0.6:  # 8 bit, in a gamma close to sRGB
@@ -410,15 +410,16 @@ class SimulatedBatches:
     def batch(self, step: int, part: int = 0, parts: int = 1) -> StackBatch:
         """Every `parts`-th stack of the batch of `step`, from `part` on; only their scenes are read."""
         rng = np.random.default_rng([self.pool.seed, 3, step])
-        frames = int(rng.choice([2, 3, 4, 5, 6, 7, 8, 10], p=[0.04, 0.1, 0.14, 0.34, 0.12, 0.12, 0.08, 0.06]))
+        count = int(rng.choice([2, 3, 4, 5, 6, 7, 8, 10], p=[0.04, 0.1, 0.14, 0.34, 0.12, 0.12, 0.08, 0.06]))
         available = min(self.scenes, self.first + step * self.size // 8)
         chosen = rng.integers(0, available, self.size)
         stacks = []
         for place in range(part, self.size, parts):
             own = np.random.default_rng([self.pool.seed, 3, step, 1 + place])
-            stacks.append(training_stack(self.pool[int(chosen[place])], own, frames, self.crop))
-        joined = (torch.from_numpy(np.stack(x)) for x in zip(*stacks, strict=True))
-        return StackBatch(*joined)  # type: ignore[arg-type]
+            stacks.append(training_stack(self.pool[int(chosen[place])], own, count, self.crop))
+        frames, *others = (torch.from_numpy(np.stack(x)) for x in zip(*stacks, strict=True))
+        quiet = torch.stack([quietened(stack)[0] for stack in frames])
+        return StackBatch(quiet, *others)  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------------------------------- captured stacks
@@ -486,8 +487,7 @@ def taken_again(
     image = seen.aif.permute(1, 2, 0).nan_to_num().clamp(0, 1).numpy()
     scene = Scene(np.ascontiguousarray(image), (1 / (depth + near_enough)).astype(np.float32), stack.name)
     renderer = ApertureRenderer(scene, float(kappa.max()))
-    light = photometry(stack.frames, stack.valid)
-    noise_std = float((light.noise / (light.brightness + 0.01)).sqrt())
+    noise_std = float(photometry(stack.frames, stack.valid).grain.sqrt())
     frames = [
         expose(renderer.frame(q + near_enough, k, psf=psf, quality="fast"), rng, noise_std, None)
         for q, k in zip(focus.tolist(), kappa.tolist(), strict=True)
@@ -501,18 +501,22 @@ def taken_again(
 
 
 def kept_prior(prior: Prior, folder: Path) -> Prior:
-    """`prior` of one stack for many steps: volumes of half precision, mapped from a file in `folder` without a name.
+    """`prior` of one stack for many steps: its volumes of half precision and `kept` in `folder`.
 
-    Only what the network reads of `total` is kept, what it exceeds its least by; the file goes with the process.
+    Of `total` only what the network reads of it, what it exceeds its least by.
     """
     least = prior.total.amin(1, keepdim=True)
-    volumes = []
-    for volume in (prior.cost, prior.total - least):
-        with tempfile.TemporaryFile(dir=folder) as file:
-            mapped = np.memmap(file, np.float16, "w+", shape=tuple(volume.shape))
-        mapped[:] = volume.clamp_max(torch.finfo(torch.float16).max).cpu().numpy()
-        volumes.append(torch.from_numpy(mapped))
-    return Prior._make([*volumes, *(x.cpu() for x in prior[2:])])
+    volumes = [x.clamp_max(torch.finfo(torch.float16).max).half() for x in (prior.cost, prior.total - least)]
+    return Prior._make([*(kept(x, folder) for x in volumes), *(x.cpu() for x in prior[2:])])
+
+
+def kept(values: Tensor, folder: Path) -> Tensor:
+    """`values` mapped from a file in `folder` without a name, which goes with the process."""
+    array = values.cpu().numpy()
+    with tempfile.TemporaryFile(dir=folder) as file:
+        mapped = np.memmap(file, array.dtype, "w+", shape=array.shape)
+    mapped[:] = array
+    return torch.from_numpy(mapped)
 
 
 def prepare_captured(locations: Sequence[str | Path], profile: LensProfile | None, folder: Path) -> list[CapturedStack]:

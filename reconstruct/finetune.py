@@ -13,8 +13,10 @@ over the background, so a smoothed or otherwise wrong depth predicts better with
 judge is blind to small changes of depth, so a network that gains less than LEAST_GAIN, or than the stacks disagree by,
 is not kept.
 
-What is kept goes only KEPT_CHANGE of the way from the start's weights to the learned ones ("Robust fine-tuning of
-zero-shot models", Wortsman et al. 2022): most of the gain, and what the stacks did not show is not forgotten.
+What reads the frames (READING) stays as thousands of scenes have trained it: a handful of stacks teaches how to
+interpret it. And what is kept goes only KEPT_CHANGE of the way from the start's weights to the learned ones ("Robust
+fine-tuning of zero-shot models", Wortsman et al. 2022). Both leave most of the gain and forget less of what these
+stacks did not show.
 
 The paper's end-to-end training (`PhotometricTask`) is here too: render the network's image through the network's
 depth, compare with the frames.
@@ -42,14 +44,15 @@ from torch import Tensor, nn
 from capture.errors import DataError
 from capture.lens import coc_diameter_px
 from reconstruct.checkpoint import load_weights, save_weights
-from reconstruct.dataset import CapturedStack, StackBatch, kept_prior, taken_again
+from reconstruct.dataset import CapturedStack, StackBatch, kept, kept_prior, taken_again
+from reconstruct.denoise import root_of
 from reconstruct.device import own_share
 from reconstruct.estimate import Estimate
 from reconstruct.losses import PUBLISHED, charbonnier, laplace_surprise, match_exposure, published_terms
 from reconstruct.network import SWEEP, DefaultNet, NetworkOutput, PaperNet, Prior, build, sweep_prior
-from reconstruct.plane_sweep import gather_evidence, photometry, plane_sweep
+from reconstruct.plane_sweep import gather_evidence, plane_sweep, quietened
 from reconstruct.predict import TrainedNetwork, predict, wrap
-from reconstruct.refine import Misfit, refine, root_of
+from reconstruct.refine import Misfit, refine
 from reconstruct.render import PsfShape, render_stack
 from reconstruct.train import TrainConfig, fit, is_first_process
 
@@ -74,6 +77,7 @@ DRAWN = 2  # how often a stack itself is drawn for each of its retakes' once
 IMAGE_STEPS = 8  # of the image that predicts a withheld frame
 KEPT_CHANGE = 0.85  # of the learned change of weights; with all of it, an unseen quarter of a place was 8.5 % worse
 IMAGE_HEAD = ("sharp", "sharp_gain", "touch")  # parts of `DefaultNet` that only its image depends on
+READING = ("encoder", "profile", "mix", "place", "stem")  # and those next to its inputs
 LEAST_GAIN = 0.03  # share of the withheld error; below it the sign was right for 5 of 16 stacks (two networks)
 
 FROM_NOTHING = FINETUNE.model_copy(
@@ -112,11 +116,13 @@ class DistilTerms(NamedTuple):
 class Lesson:
     """A captured stack without its withheld frame, what the network should say about it, and the frame itself.
 
-    `prior` is of the whole picture, as in inference, and gathered once: that takes as long as a training step.
+    `quiet`, its frames `quietened`, and `prior` are of the whole picture, as in inference, and made once: that takes as
+    long as a training step.
     `psf` renders the frames better than the other one does. `exact` where depth is the truth: of retakes.
     """
 
     stack: CapturedStack
+    quiet: Tensor
     prior: Prior
     wanted: Estimate
     full: CapturedStack
@@ -146,9 +152,9 @@ class Lesson:
         stack = full if withheld < 0 else full.without(withheld)
         frames, focus, kappa, valid = (x.to(device) for x in (stack.frames, stack.focus_dpt, stack.kappa, stack.valid))
         seen = None if bool(valid.all()) else valid
-        context = photometry(frames, seen)
-        evidence = gather_evidence(frames, focus, kappa, seen, SWEEP, context)
-        prior = sweep_prior(frames, focus, kappa, seen, context=context, evidence=evidence)
+        quiet, context = quietened(frames, seen)
+        evidence = gather_evidence(quiet, focus, kappa, seen, SWEEP, context)
+        prior = sweep_prior(quiet, focus, kappa, seen, context=context, evidence=evidence)
         if refined is None or (own and not refined.with_suffix(".json").exists()):
             if start is None:
                 first = plane_sweep(frames, focus, kappa, valid=seen, context=context, evidence=evidence)
@@ -167,7 +173,7 @@ class Lesson:
             maps, about = load_weights(refined)
             psf = about["psf"]
         wanted = Estimate(**maps, metric=stack.metric)
-        return cls(stack, kept_prior(prior, folder), wanted, full, withheld, psf)
+        return cls(stack, kept(quiet, folder), kept_prior(prior, folder), wanted, full, withheld, psf)
 
     def retakes(self, seed: Sequence[int], device: torch.device, folder: Path) -> list[Lesson]:
         """What the network should say about the same scene taken again; the first time as it is, then altered."""
@@ -175,8 +181,10 @@ class Lesson:
         for i in range(RETAKES):
             rng = np.random.default_rng([*seed, i])
             stack, wanted = taken_again(self.stack, self.wanted, self.psf, rng, altered=i > 0)
-            prior = sweep_prior(*(x.to(device) for x in (stack.frames, stack.focus_dpt, stack.kappa)))
-            lessons.append(Lesson(stack, kept_prior(prior, folder), wanted, stack, -1, self.psf, exact=True))
+            frames, *optics = (x.to(device) for x in (stack.frames, stack.focus_dpt, stack.kappa))
+            quiet, context = quietened(frames)
+            prior = kept_prior(sweep_prior(quiet, *optics, context=context), folder)
+            lessons.append(Lesson(stack, kept(quiet, folder), prior, wanted, stack, -1, self.psf, exact=True))
         return lessons
 
 
@@ -282,10 +290,10 @@ class DistilTask:
             if place % parts != part:
                 continue
             taken.append(lesson)
-            maps = (stack.frames, wanted.inverse_depth_dpt[None], *(x[0] for x in lesson.prior[:-1]))
-            for kept, x in zip(crops, maps, strict=True):
+            maps = (lesson.quiet, wanted.inverse_depth_dpt[None], *(x[0] for x in lesson.prior[:-1]))
+            for taken_so_far, x in zip(crops, maps, strict=True):
                 crop = torch.rot90(x[window], turn, (-2, -1)).float()
-                kept.append(crop.flip(-1) if mirror else crop)
+                taken_so_far.append(crop.flip(-1) if mirror else crop)
         frames, depth, *swept = map(torch.stack, crops)
         focus, kappa = (torch.stack([getattr(x.stack, name) for x in taken]) for name in ("focus_dpt", "kappa"))
         brightness = torch.cat([lesson.prior.brightness for lesson in taken])
@@ -399,8 +407,7 @@ def adapt(
     net = build(config.preset if start is None else start.preset)
     if start is not None:
         net.load_state_dict(start.net.state_dict())
-    for name, parameter in net.named_parameters():
-        parameter.requires_grad_(name.split(".")[0] not in IMAGE_HEAD)
+    only_adaptable(net, anew=start is None)
     net.to(device)
 
     def teach(task: DistilTask, states: Path) -> None:
@@ -440,6 +447,13 @@ def adapt(
     if is_first_process():
         save_weights(run / "weights.safetensors", kept.state_dict(), about)
     return Adaptation(before, after, run / "weights.safetensors")
+
+
+def only_adaptable(net: nn.Module, *, anew: bool = False) -> None:
+    """Freeze what distilling leaves alone: IMAGE_HEAD, and READING unless `net` learns `anew`."""
+    frozen = IMAGE_HEAD if anew else IMAGE_HEAD + READING
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(name.split(".")[0] not in frozen)
 
 
 def _tempered(start: TrainedNetwork | None, net: DefaultNet | PaperNet) -> DefaultNet | PaperNet:

@@ -31,7 +31,7 @@ from reconstruct.estimate import Estimate
 from reconstruct.fusion import channel_noise_variance, filled_frames, fuse
 from reconstruct.methods import METHODS, Network, PlaneSweep
 from reconstruct.optics import StackOptics, optics_of
-from reconstruct.plane_sweep import Evidence, Photometry, photometry
+from reconstruct.plane_sweep import Evidence, Photometry, quietened
 from reconstruct.result import Reconstruction
 
 Report = Callable[[str, float], None]  # (what is being done, share of the whole so far)
@@ -309,7 +309,7 @@ class _Picture:
 
     def photometry(self, brightness: float) -> Photometry:
         """Noise and exposure, from the middle of the picture; `brightness` is the whole's."""
-        found = photometry(*self.read(_middle(self.height), _middle(self.width)))
+        _, found = quietened(*self.read(_middle(self.height), _middle(self.width)))
         return found._replace(brightness=torch.full_like(found.noise, brightness))
 
 

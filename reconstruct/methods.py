@@ -15,7 +15,7 @@ from torch import Tensor
 
 from reconstruct.estimate import Estimate
 from reconstruct.network import DefaultNet
-from reconstruct.plane_sweep import Evidence, Photometry, SweepConfig, plane_sweep, smoothed, sweep_cost
+from reconstruct.plane_sweep import Evidence, Photometry, SweepConfig, plane_sweep, quietened, smoothed, sweep_cost
 from reconstruct.predict import load_network, predict
 
 
@@ -40,7 +40,8 @@ class PlaneSweep:
     def compare(self, frames: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Cost of each hypothesis (N, H, W) and guide (H, W) for `smooth`; frames (S, 3, H, W), valid (S, H, W)."""
         assert self.context is not None
-        return sweep_cost(frames, self.focus_dpt, self.kappa, valid, self.config, self.context)
+        quiet, _ = quietened(frames, valid, self.context)
+        return sweep_cost(quiet, self.focus_dpt, self.kappa, valid, self.config, self.context)
 
     def smooth(self, cost: Tensor, guide: Tensor, out: Tensor, device: torch.device) -> None:
         """Smooth `cost` of the whole picture, strip by strip on `device`, into `out`."""

@@ -94,7 +94,7 @@ def sweep_prior(
     context: Photometry | None = None,
     evidence: Evidence | None = None,
 ) -> Prior:
-    """A batch of one; arguments as for `plane_sweep`."""
+    """A batch of one; arguments as for `plane_sweep`, frames `quietened`."""
     context = context or photometry(frames, valid)
     evidence = evidence or gather_evidence(frames, focus_dpt, kappa, valid, SWEEP, context)
     swept = conclude(frames, focus_dpt, kappa, valid, evidence, SWEEP, context)
@@ -199,7 +199,7 @@ class DefaultNet(nn.Module):
         """Depth and all-in-focus image of a batch of stacks.
 
         Args:
-            frames: linear RGB, (B, S, 3, H, W), S >= 2, H and W multiples of 16.
+            frames: linear RGB, `quietened`, (B, S, 3, H, W), S >= 2, H and W multiples of 16.
             focus_dpt: focus settings, (B, S).
             kappa: CoC pixels per dioptre, (B, S).
             valid: (B, S, H, W), False where a frame has no data (after alignment); None means everywhere.

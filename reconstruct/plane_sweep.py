@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from reconstruct.denoise import BLACK, denoised
 from reconstruct.estimate import Estimate
 from reconstruct.fusion import channel_noise_variance, filled_frames, fuse, noise_variance, usable_mask
 from reconstruct.smoothing import box_mean, edge_aware_mean, mirrored
@@ -78,12 +79,14 @@ class Photometry(NamedTuple):
         exposure: factor per frame that brings all to one exposure, (S,).
         luma_noise: variance of the pixel noise of the mean of the channels, after that factor; a scalar.
         noise: variance of the pixel noise of one channel, a scalar.
+        grain: the same per light + BLACK, as `denoised` wants it; a scalar.
         brightness: mean of all frames, a scalar.
     """
 
     exposure: Tensor
     luma_noise: Tensor
     noise: Tensor
+    grain: Tensor
     brightness: Tensor
 
 
@@ -119,7 +122,20 @@ def photometry(frames: Tensor, valid: Tensor | None = None) -> Photometry:
     exposure = relative_exposure(luma)
     noise = channel_noise_variance(filled_frames(frames, valid)[0])
     brightness = torch.nan_to_num(frames).mean().clamp_min(1e-4)
-    return Photometry(exposure, detail_noise_variance(luma * exposure[:, None, None]), noise, brightness)
+    luma_noise = detail_noise_variance(luma * exposure[:, None, None])
+    return Photometry(exposure, luma_noise, noise, noise / (brightness + BLACK), brightness)
+
+
+def quietened(
+    frames: Tensor, valid: Tensor | None = None, context: Photometry | None = None
+) -> tuple[Tensor, Photometry]:
+    """`frames` (S, 3, H, W) as depth is best read from them, and their photometry: `noise` and `grain` as captured,
+    exposure and `luma_noise` as they are now. `context` is the latter where they are a tile of a larger picture."""
+    if context is not None:
+        return denoised(frames, context.grain, valid), context
+    captured = photometry(frames, valid)
+    quiet = denoised(frames, captured.grain, valid)
+    return quiet, photometry(quiet, valid)._replace(noise=captured.noise, grain=captured.grain)
 
 
 def detail_noise_variance(luma: Tensor) -> Tensor:
@@ -154,9 +170,9 @@ def plane_sweep(
     config = config or SweepConfig()
     if context is None:
         frames, focus_dpt, kappa, valid = far_to_near(frames, focus_dpt, kappa, valid)
-        context = photometry(frames, valid)
-    evidence = evidence or gather_evidence(frames, focus_dpt, kappa, valid, config, context)
-    swept = conclude(frames, focus_dpt, kappa, valid, evidence, config, context)
+    quiet, context = quietened(frames, valid, context)
+    evidence = evidence or gather_evidence(quiet, focus_dpt, kappa, valid, config, context)
+    swept = conclude(quiet, focus_dpt, kappa, valid, evidence, config, context)
     std = swept.error_px / kappa.mean()
     aif = fuse(frames, focus_dpt, kappa, swept.inverse_depth_dpt, std, valid=valid, noise=context.noise)
     return Estimate(swept.inverse_depth_dpt, std, 1.0 / (1.0 + swept.error_px), aif)
@@ -181,7 +197,7 @@ def gather_evidence(
     config: SweepConfig,
     context: Photometry,
 ) -> Evidence:
-    """The `Evidence` of a whole picture; arguments as for `plane_sweep`."""
+    """The `Evidence` of a whole picture; arguments as for `plane_sweep`, frames `quietened`."""
     cost, guide = sweep_cost(frames, focus_dpt, kappa, valid, config, context)
     return Evidence(cost, smoothed(cost, guide, config))
 
@@ -195,7 +211,7 @@ def conclude(
     config: SweepConfig,
     context: Photometry,
 ) -> Swept:
-    """Depth from `evidence`; arguments as for `plane_sweep`."""
+    """Depth from `evidence`; arguments as for `plane_sweep`, frames `quietened`."""
     tested = hypotheses(focus_dpt, kappa, config.hypotheses, config.beyond_px).to(frames.device)
     px_per_dpt = kappa.mean()
     found = peak(evidence.total, tested)
@@ -217,8 +233,10 @@ def sweep_cost(
     config: SweepConfig,
     context: Photometry,
 ) -> tuple[Tensor, Tensor]:
-    """What `plane_sweep` smooths: cost (N, H, W), and the image (H, W) whose edges it heeds. No pixel of either
-    depends on what is farther away than the widest blur."""
+    """What `plane_sweep` smooths: cost (N, H, W), and the image (H, W) whose edges it heeds; of frames `quietened`.
+
+    No pixel of either depends on what is farther away than the widest blur.
+    """
     tested = hypotheses(focus_dpt, kappa, config.hypotheses, config.beyond_px).to(frames.device)
     own = (frames[None], focus_dpt[None], kappa[None])
     seen = None if valid is None else valid[None]

@@ -19,7 +19,7 @@ from reconstruct.estimate import Estimate
 from reconstruct.fusion import fuse
 from reconstruct.memory import keep_freed_memory
 from reconstruct.network import DefaultNet, PaperNet, Prior, build, sweep_prior
-from reconstruct.plane_sweep import Evidence, Photometry, far_to_near, photometry
+from reconstruct.plane_sweep import Evidence, Photometry, far_to_near, quietened
 
 MULTIPLE = 16  # both networks halve the image four times at most
 
@@ -110,14 +110,14 @@ def predict(
         frames, focus_dpt, kappa, valid = far_to_near(frames, focus_dpt, kappa, valid)
     frames = torch.nan_to_num(frames)
     partly = None if valid is None or bool(valid.all()) else valid
-    mask = None if partly is None else _padded(partly)[None]
-    tensors = _padded(frames)[None], focus_dpt[None], kappa[None], mask
+    rest = focus_dpt[None], kappa[None], None if partly is None else _padded(partly)[None]
     if isinstance(model.net, DefaultNet):
-        context = context or photometry(frames, partly)
-        prior = sweep_prior(frames, focus_dpt, kappa, partly, context=context, evidence=evidence)
-        output = model.net(*tensors, Prior(*[*map(_padded, prior[:-1]), prior.brightness]), with_aif=False)
+        quiet, context = quietened(frames, partly, context)
+        prior = sweep_prior(quiet, focus_dpt, kappa, partly, context=context, evidence=evidence)
+        prior = Prior(*[*map(_padded, prior[:-1]), prior.brightness])
+        output = model.net(_padded(quiet)[None], *rest, prior, with_aif=False)
     else:
-        output = model.net(*tensors)
+        output = model.net(_padded(frames)[None], *rest)
     depth, std = (x[0, 0, :height, :width] for x in (output.inverse_depth_dpt, output.std_dpt))
     if output.aif is None:
         std = torch.hypot(model.std_gain * std, model.std_floor_px / kappa.mean())

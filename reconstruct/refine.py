@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from reconstruct.denoise import BLACK, root_of
 from reconstruct.estimate import Estimate
 from reconstruct.fusion import fuse
 from reconstruct.losses import edge_aware_smoothness
@@ -38,7 +39,6 @@ from reconstruct.smoothing import edge_aware_mean
 logger = logging.getLogger(__name__)
 
 GAUSSIAN_GAIN = 0.25  # a Gaussian lens is told from a disc one; it has the disc's second moment
-BLACK = 0.01  # linear light added before the square root, which gives dark and bright pixels the same noise
 CHARBONNIER = 0.02  # differences below this count quadratically, in square roots of linear light
 FLOOR_PX = 0.3  # std of the lens's and sensor's own blur
 MOMENTUM = 0.8  # of the image
@@ -435,11 +435,6 @@ class _Refinement:
     def _keep_if_best(self, loss: float) -> None:
         if loss < self.lowest:
             self.lowest, self.kept_px = loss, self.depth_px.detach().clone()
-
-
-def root_of(linear: Tensor) -> Tensor:
-    """Square root of light: shot noise has the same size everywhere on this scale."""
-    return (linear.clamp_min(0) + BLACK).sqrt()
 
 
 def _beside(values: Tensor, known: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ class TrainConfig(BaseModel):
     schedule_steps: int = Field(
         0, ge=0, description="over which it falls, if `steps` is only their beginning; 0: steps"
     )
-    restart_step: int = Field(0, ge=0, description="where it rises again, to half of that; 0 never")
+    restart_steps: tuple[int, ...] = Field((), description="where it rises again, to half of that; ascending")
     warmup_steps: int = Field(100, ge=0)
     weight_decay: float = Field(1e-4, ge=0)
     gradient_clip: float = Field(1.0, gt=0)
@@ -71,7 +71,8 @@ class TrainConfig(BaseModel):
     log_every: int = Field(20, ge=1)
 
 
-RECIPE = TrainConfig(steps=4600, restart_step=3000)  # of the shipped weights; configs/train/default.yaml spells it out
+# of the shipped weights; configs/train/default.yaml spells it out
+RECIPE = TrainConfig(steps=7000, restart_steps=(3000, 4600), scenes=4000)
 NOT_PART_OF_THE_RESULT = {"accumulate", "checkpoint_seconds", "checkpoint_every", "keep_states", "log_every"}
 EXTENDABLE = {"steps"}  # a run may be made longer or shorter while it is under way
 
@@ -134,16 +135,15 @@ def supervised_terms(output: NetworkOutput, batch: StackBatch, config: TrainConf
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up, then a cosine down to 1 % of the peak; the same once more from `restart_step`, half as high.
+    """Linear warm-up, then a cosine down to 1 % of the peak; the same from every restart, half as high.
 
     Warm restarts as in Loshchilov and Hutter 2017. Of a longer schedule (`schedule_steps`), its beginning.
     """
-    peak, begin, end = config.learning_rate, 0, config.schedule_steps or config.steps
-    if 0 < config.restart_step < config.steps:
-        if step < config.restart_step:
-            end = config.restart_step
-        else:
-            peak, begin = peak / 2, config.restart_step
+    whole = config.schedule_steps or config.steps
+    starts = [0, *(start for start in config.restart_steps if start < whole), whole]
+    leg = max(i for i, start in enumerate(starts[:-1]) if start <= step)
+    begin, end = starts[leg], starts[leg + 1]
+    peak = config.learning_rate / (2 if leg else 1)
     if step - begin < config.warmup_steps:
         return peak * (step - begin + 1) / config.warmup_steps
     done = (step - begin - config.warmup_steps) / max(1, end - begin - config.warmup_steps)

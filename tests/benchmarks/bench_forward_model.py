@@ -31,10 +31,11 @@ from torch import Tensor
 
 from capture.optics import CONDITIONS as CAMERA_CONDITIONS
 from capture.optics import ApertureRenderer, Condition
+from reconstruct.denoise import root_of
 from reconstruct.estimate import Estimate
 from reconstruct.plane_sweep import plane_sweep
 from reconstruct.predict import load_network, predict
-from reconstruct.refine import Misfit, root_of
+from reconstruct.refine import Misfit
 from reconstruct.render import Model, PsfShape
 from tests.benchmarks import foundation_stacks
 from tests.benchmarks.foundation_stacks import (

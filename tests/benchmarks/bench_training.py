@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from capture.lens import coc_diameter_px
 from reconstruct.dataset import CapturedStack, RenderedScene, ScenePool, StackBatch
-from reconstruct.finetune import FINETUNE, PAPER, DistilTask, Lesson, PhotometricTask
+from reconstruct.finetune import FINETUNE, PAPER, DistilTask, Lesson, PhotometricTask, only_adaptable
 from reconstruct.losses import PUBLISHED, published_terms
 from reconstruct.network import NetworkOutput, build
 from reconstruct.render import published_blur
@@ -129,6 +129,8 @@ def compare(
             build("paper"), True, lambda o, b: torch.stack(list(photometric.terms(o, b))).sum()
         ),
     }  # fmt: skip
+    for kind in ("default", "default, evidence anew"):
+        only_adaptable(kinds[kind][0])
     optimizers = {kind: torch.optim.AdamW(net.parameters(), 1e-5, fused=True) for kind, (net, *_) in kinds.items()}
     clocks = {kind: Clock() for kind in kinds}
     operations = {}
