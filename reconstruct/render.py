@@ -30,10 +30,10 @@ blur has a smooth derivative through focus.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import count
+from itertools import count, groupby
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -50,12 +50,15 @@ PsfShape = Literal["disc", "gaussian"]
 LAYER_STEP_PX = 2.5  # CoC diameter between layers: 0.6 to 0.7 px of blur std (notes/forward-model.md, "Cost")
 MAX_LAYERS = 48
 TILE_PX = 300  # side of the tiles that large images are rendered in: bounded memory, warm caches
+OCCLUSION_TILE_PX = 280  # the same for occlusion, which holds every layer of a tile three times
+PUBLISHED_TILE_PX = 128  # the same for the published operator, which holds all frames of a tile
 TAIL_SIGMAS = 4.5  # a Gaussian's reach: 7e-6 of its mass lies beyond
 LEAST_WEIGHT = 1e-3  # of a layer and everything behind it, below which it has no colour
 SCALE_KNEE, SCALE_RATIO = 0.3, 1.5  # of the gather's blur levels (notes/performance.md 1.1, last row)
-GATHER_REACHES = 4  # side of its tiles: it holds three colours of every level
+GATHER_REACHES = 5  # side of its tiles: it holds three colours of every level
+NARROW_PX = 32  # halo below which a narrower one saves less than its transforms cost
 EXTRA_LEVEL = (3, -3, 1)  # of the first three levels: the one before them, on their parabola
-DISCS_BYTES = 64e6  # transfer functions of discs that are remembered for each size of image
+DISCS_BYTES = 32e6  # transfer functions of discs that are remembered for each size of image
 KEPT_BYTES = 128e6  # blurred layers or levels up to this size are kept for the way back, not made again
 
 
@@ -79,6 +82,10 @@ class Psf:
         if self.shape == "disc":
             return math.ceil(coc_px / 2 + TAIL_SIGMAS * self.floor_px + 2)
         return math.ceil(TAIL_SIGMAS * math.hypot(self.gain * coc_px, self.floor_px) + 2)
+
+    def gaussian_variance(self, coc_px: Tensor) -> Tensor:
+        """Variance of the Gaussian in px^2."""
+        return (self.gain * coc_px).square() + self.floor_px**2
 
 
 class Hidden(NamedTuple):
@@ -141,9 +148,9 @@ def render_stack(
         return published_blur(aif, coc_px.abs() / 2, window)
     shape = Psf(psf, gaussian_gain, floor_px)
     if model == "gather":
-        coc_px = coc_diameter_px(kappa[..., None, None], focus_dpt[..., None, None], inverse_depth_dpt)
-        variance = (gaussian_gain * coc_px).square() + floor_px**2
-        return _joined([_Gather.apply(aif[b], variance[b]) for b in range(batch)])
+        return _joined(
+            [_Gather.apply(shape, aif[b], inverse_depth_dpt[b, 0], focus_dpt[b], kappa[b]) for b in range(batch)]
+        )
     if hidden is not None and (model != "occlusion" or hidden.inverse_depth_dpt.shape != inverse_depth_dpt.shape):
         raise ValueError(f"hidden background of shape {tuple(hidden.inverse_depth_dpt.shape)} does not suit {model}")
     items = []
@@ -243,7 +250,7 @@ class Spectrum:
         self.cos_rows = _Cosines(rows[: height // 2 + 1].abs(), dtype, device)
         self.cos_columns = _Cosines(columns, dtype, device)
         # a refinement asks for the same discs again and again
-        room = int(DISCS_BYTES / (height * (width + 2) * dtype.itemsize))
+        room = int(DISCS_BYTES / ((height // 2 + 1) * (width // 2 + 1) * dtype.itemsize))
         self._remembered = lru_cache(maxsize=max(room, 1))(self._disc_transfer)
 
     def zeros(self, *leading: int) -> Tensor:
@@ -254,27 +261,34 @@ class Spectrum:
         """Spectrum of `image` (..., h, w), which is padded with zeros to the full size."""
         return torch.view_as_real(torch.fft.rfft2(image, s=(self.height, self.width))).flatten(-2)
 
-    def inverse(self, spectrum: Tensor, height: int, width: int) -> Tensor:
-        """The first (height, width) pixels of the image with this spectrum."""
-        paired = torch.view_as_complex(spectrum.unflatten(-1, (-1, 2)))
-        return torch.fft.irfft2(paired, s=(self.height, self.width))[..., :height, :width]
+    def inverse(self, spectrum: Tensor, rows: slice, columns: slice) -> Tensor:
+        """These rows and columns of the image (..., h, w) with this spectrum."""
+        planes = torch.view_as_complex(spectrum.unflatten(-1, (-1, 2))).reshape(-1, self.height, self.width // 2 + 1)
+        out = spectrum.new_empty(len(planes), rows.stop - rows.start, columns.stop - columns.start)
+        together = 1 if self.device.type == "cpu" else len(planes)  # one plane at a time stays in the cache
+        for part, target in zip(planes.split(together), out.split(together), strict=True):
+            lines = torch.fft.ifft(part, dim=-2)[:, rows]
+            target.copy_(torch.fft.irfft(lines, n=self.width)[..., columns])
+        return out.view(*spectrum.shape[:-2], *out.shape[1:])
 
     def transfer(self, coc_px: Tensor, psf: Psf) -> Tensor:
         """Transfer functions (n, h, w + 2) of blurs with CoC diameters `coc_px` (n,)."""
         if psf.shape == "gaussian":
-            variance = ((psf.gain * coc_px) ** 2 + psf.floor_px**2)[:, None, None]
+            variance = psf.gaussian_variance(coc_px)[:, None, None]
             return torch.exp(variance * self.bend_rows) * torch.exp(variance * self.bend_columns)
-        return torch.cat([self._remembered(coc, psf) for coc in coc_px.tolist()])
+        return self._spread(torch.cat([self._remembered(coc, psf.floor_px) for coc in coc_px.tolist()]))
 
-    def _disc_transfer(self, coc_px: float, psf: Psf) -> Tensor:
-        return self._spread(self._disc(torch.tensor([coc_px], dtype=self.dtype, device=self.device))[0], psf)
+    def _disc_transfer(self, coc_px: float, floor_px: float) -> Tensor:
+        disc, _ = self._disc(torch.tensor([coc_px], dtype=self.dtype, device=self.device))
+        return self._floored(disc, floor_px)
 
     def transfer_slope(self, coc_px: Tensor, psf: Psf) -> Tensor:
         """Derivative of `transfer` by the CoC diameter."""
         if psf.shape == "gaussian":
             by_variance = (self.bend_rows + self.bend_columns) * self.transfer(coc_px, psf)
             return by_variance.mul_((2 * psf.gain**2) * coc_px[:, None, None])
-        return torch.cat([self._spread(self._disc(coc, slope=True)[1], psf) for coc in coc_px.split(1)])
+        slopes = [self._floored(self._disc(coc, slope=True)[1], psf.floor_px) for coc in coc_px.split(1)]
+        return self._spread(torch.cat(slopes))
 
     def _disc(self, coc_px: Tensor, slope: bool = False) -> tuple[Tensor, Tensor]:
         """Transfer functions of anti-aliased discs on the upper rows, (n, h/2 + 1, w/2 + 1); perhaps their slopes.
@@ -299,17 +313,31 @@ class Spectrum:
         grown += point_share.mT @ (chord_slope * angle.cos()[:, None])
         return disc, grown.sub_(disc / radius[:, None, None]).mul_(radius_slope[:, None, None])
 
-    def _spread(self, upper: Tensor, psf: Psf) -> Tensor:
-        """The whole plane (n, h, w + 2) from its upper rows (n, h/2 + 1, w/2 + 1), times the floor's Gaussian."""
+    def _floored(self, upper: Tensor, floor_px: float) -> Tensor:
+        """Upper rows (n, h/2 + 1, w/2 + 1) times the floor's Gaussian."""
+        upper = upper * torch.exp(floor_px**2 * self.bend_rows[: upper.shape[1]])
+        return upper.mul_(torch.exp(floor_px**2 * self.bend_columns[:, ::2]))
+
+    def _spread(self, upper: Tensor) -> Tensor:
+        """The whole plane (n, h, w + 2) from its upper rows (n, h/2 + 1, w/2 + 1)."""
+        whole = upper.new_empty(len(upper), self.height, self.width + 2)
         rows = upper.shape[1]
-        upper = upper * torch.exp(psf.floor_px**2 * self.bend_rows[:rows])
-        upper.mul_(torch.exp(psf.floor_px**2 * self.bend_columns[:, ::2]))
-        upper = upper[..., None].expand(*upper.shape, 2).flatten(-2)
-        return torch.cat([upper, upper[:, 1 : self.height // 2].flip(1)], 1)
+        whole[:, :rows, ::2] = upper
+        whole[:, :rows, 1::2] = upper
+        whole[:, rows:] = whole[:, 1 : self.height // 2].flip(1)
+        return whole
 
     def gaussian(self, variance: float) -> Tensor:
         """Transfer function (h, w + 2) of the Gaussian of one variance."""
         return torch.exp(variance * self.bend_rows) * torch.exp(variance * self.bend_columns)
+
+    def gaussian_of_ones(self, variance: float, tile: Tile) -> Tensor:
+        """What the Gaussian makes of 1 in the tile and its halo and 0 outside, within the tile, (h, w)."""
+        rows, columns = (self.bend_rows.new_ones(part.stop - part.start) for part in tile.wide)
+        rows = torch.fft.fft(rows, n=self.height) * torch.exp(variance * self.bend_rows[:, 0])
+        columns = torch.fft.rfft(columns, n=self.width) * torch.exp(variance * self.bend_columns[0, ::2])
+        down, across = torch.fft.ifft(rows).real, torch.fft.irfft(columns, n=self.width)
+        return down[tile.inner[0], None] * across[tile.inner[1]]
 
 
 class _Cosines:
@@ -478,10 +506,24 @@ class Tile:
             slice(left, left + self.columns.stop - self.columns.start),
         )
 
+    @property
+    def whole(self) -> tuple[slice, slice]:
+        """The rectangle and its halo within themselves."""
+        rows, columns = self.wide
+        return slice(0, rows.stop - rows.start), slice(0, columns.stop - columns.start)
 
-def _tiles(height: int, width: int, reach: int, reaches: int = 6) -> Iterator[Tile]:
+    def narrowed(self, reach: int) -> Tile:
+        """The same rectangle with a halo of `reach` at most."""
+        rows, columns = (
+            slice(max(proper.start - reach, wide.start), min(proper.stop + reach, wide.stop))
+            for proper, wide in zip(self.proper, self.wide, strict=True)
+        )
+        return Tile(self.rows, self.columns, rows, columns)
+
+
+def _tiles(height: int, width: int, reach: int, reaches: int = 6, least_px: int = TILE_PX) -> Iterator[Tile]:
     """Tiles that cover the image, each with a halo of `reach`; the wider the blur, the larger, `reaches` times that."""
-    side = max(TILE_PX, reaches * reach)
+    side = max(least_px, reaches * reach)
     tall, wide = (math.ceil(length / max(1, round(length / side))) for length in (height, width))
     for top in range(0, height, tall):
         bottom = min(top + tall, height)
@@ -519,9 +561,11 @@ class _Scatter(torch.autograd.Function):
             sums = spectrum.zeros(n_frames, 4)
             for layer, source in _sources(aif, position, tile, n_layers):
                 sums.addcmul_(spectrum.transfer(coc_px[:, layer], psf)[:, None], spectrum.forward(source))
-            spread = spectrum.inverse(sums, *position[tile.wide].shape)[(..., *tile.inner)]
-            weight[(..., *tile.proper)] = spread[:, 3:]
-            out[(..., *tile.proper)] = spread[:, :3] / spread[:, 3:]
+            for k, total in enumerate(sums):
+                spread = spectrum.inverse(total, *tile.inner)
+                weight[(k, slice(None), *tile.proper)] = spread[3:]
+                out[(k, slice(None), *tile.proper)] = spread[:3] / spread[3:]
+            del sums  # before the next tile's are made
         ctx.save_for_backward(aif, position, coc_px, out, weight)
         ctx.psf = psf
         return out
@@ -537,11 +581,15 @@ class _Scatter(torch.autograd.Function):
         reach = psf.reach_px(float(coc_px.abs().max()))
         for tile in _tiles(position.shape[0], position.shape[1], reach):
             spectrum = _tile_spectrum(tile, reach, aif)
-            grad_tile, box = grad_out[(..., *tile.wide)], (..., *tile.wide)
-            norm_grad = (grad_tile * out[box]).sum(1, keepdim=True).neg_()
-            grad_sums = torch.cat([grad_tile, norm_grad], 1).div_(weight[box])
-            wanted = spectrum.forward(grad_sums)
-            wanted_here = None if grad_coc is None else _weighted_spectrum(grad_sums, tile, spectrum)
+            wanted = spectrum.zeros(n_frames, 4)
+            wanted_here = None if grad_coc is None else torch.empty_like(wanted)
+            for k in range(n_frames):
+                box = (k, slice(None), *tile.wide)
+                norm_grad = (grad_out[box] * out[box]).sum(0, keepdim=True).neg_()
+                grad_sums = torch.cat([grad_out[box], norm_grad]).div_(weight[box])
+                wanted[k] = spectrum.forward(grad_sums)
+                if wanted_here is not None:
+                    wanted_here[k] = _weighted_spectrum(grad_sums, tile, spectrum)
             here, image = position[tile.proper], aif[(..., *tile.proper)]
             returned = spectrum.zeros(4)
             for layer, source in _sources(aif, position, tile, n_layers):
@@ -549,13 +597,14 @@ class _Scatter(torch.autograd.Function):
                 returned.zero_()
                 for k in range(n_frames):
                     returned.addcmul_(transfer[k], wanted[k])
-                spread = spectrum.inverse(returned, *position[tile.wide].shape)[(..., *tile.inner)]
+                spread = spectrum.inverse(returned, *tile.inner)
                 grad_aif[(..., *tile.proper)] += _hat(here, layer) * spread[:3]
                 received = (image * spread[:3]).sum(0).add_(spread[3])
                 grad_position[tile.proper] += _hat_slope(here, layer).mul_(received)
                 if grad_coc is not None and wanted_here is not None:
                     slope = spectrum.transfer_slope(coc_px[:, layer], psf)
                     grad_coc[:, layer] += _agreement(wanted_here, spectrum.forward(source)).mul_(slope).sum((1, 2))
+            del wanted, wanted_here  # before the next tile's are made
         return None, grad_coc, grad_aif, grad_position
 
 
@@ -599,21 +648,22 @@ class _Occlusion(torch.autograd.Function):
         height, width = position.shape
         out = aif.new_empty(n_frames, 3, height, width)
         reach = psf.reach_px(float(coc_px.abs().max()))
-        tiles = list(_tiles(height, width, reach))
+        tiles = list(_tiles(height, width, reach, least_px=OCCLUSION_TILE_PX))
         keep = len(tiles) == 1 and n_frames * n_layers * 5 * position.nbytes <= KEPT_BYTES
         ctx.kept = []
         for tile in tiles:
             spectrum = _tile_spectrum(tile, reach, aif)
             layers, spectra = _ordered_spectra(surfaces, tile, spectrum, n_layers)
             for k in range(n_frames):
-                front, kept = _Front(position[tile.wide]), []
-                for sheet in _blurred(spectra, spectrum, coc_px[k, layers], psf, position[tile.wide].shape):
+                front, kept = _Front(position[tile.proper]), []
+                for sheet in _blurred(spectra, spectrum, coc_px[k, layers], psf, tile):
                     front.add(sheet)
                     if keep:
                         kept.append(sheet)
                 if keep:
                     ctx.kept.append(kept)
-                out[(k, slice(None), *tile.proper)] = (front.light / front.weight)[(..., *tile.inner)]
+                out[(k, slice(None), *tile.proper)] = front.light / front.weight
+            del spectra  # before the next tile's are made
         ctx.save_for_backward(coc_px, *surfaces)
         ctx.psf = psf
         return out
@@ -628,29 +678,30 @@ class _Occlusion(torch.autograd.Function):
         grads = [torch.zeros_like(tensor) for tensor in surfaces]
         grad_coc = torch.zeros_like(coc_px) if ctx.needs_input_grad[1] else None
         reach = psf.reach_px(float(coc_px.abs().max()))
-        for tile in _tiles(position.shape[0], position.shape[1], reach):
+        for tile in _tiles(position.shape[0], position.shape[1], reach, least_px=OCCLUSION_TILE_PX):
             spectrum = _tile_spectrum(tile, reach, aif)
-            size = position[tile.wide].shape
             layers, spectra = _ordered_spectra(surfaces, tile, spectrum, n_layers)
             returned = torch.zeros_like(spectra)
+            placed = aif.new_zeros(5, *position[tile.wide].shape)
             for k in range(n_frames):
-                blurred = ctx.kept[k] if ctx.kept else list(_blurred(spectra, spectrum, coc_px[k, layers], psf, size))
-                wanted = torch.zeros_like(grad_out[(k, slice(None), *tile.wide)])
-                wanted[(..., *tile.inner)] = grad_out[(k, slice(None), *tile.proper)]
-                for index, grad in _front_backward(blurred, wanted):
-                    grad_spectrum = spectrum.forward(grad)
+                blurred = ctx.kept[k] if ctx.kept else list(_blurred(spectra, spectrum, coc_px[k, layers], psf, tile))
+                for index, grad in _front_backward(blurred, grad_out[(k, slice(None), *tile.proper)]):
+                    placed[(..., *tile.inner)] = grad
+                    grad_spectrum = spectrum.forward(placed)
                     coc = coc_px[k, layers[index : index + 1]]
                     returned[index].addcmul_(grad_spectrum, spectrum.transfer(coc, psf))
                     if grad_coc is not None:
                         shared = (grad_spectrum * spectra[index]).sum(0)
                         slope = spectrum.transfer_slope(coc, psf)[0]
                         grad_coc[k, layers[index]] += (shared * slope * spectrum.parseval).sum()
+                del blurred  # before the next frame's are made
+            del spectra
             # light of the halo reaches the tile, so sources there get their share of the gradient
             image, place, *hidden = (tensor[(..., *tile.wide)] for tensor in surfaces)
             grad_image, grad_place, *grad_hidden = (tensor[(..., *tile.wide)] for tensor in grads)
             behind = torch.zeros_like(place)
             for index, layer in enumerate(layers):
-                spread = spectrum.inverse(returned[index], *size)
+                spread = spectrum.inverse(returned[index], *tile.whole)
                 behind += spread[4]
                 hat, slope = _hat(place, layer), _hat_slope(place, layer)
                 grad_image += hat * spread[:3]
@@ -661,14 +712,15 @@ class _Occlusion(torch.autograd.Function):
                     grad_hidden[0] += share * hat * spread[:3]
                     by_share = hat * ((hidden[0] * spread[:3]).sum(0) + spread[3]) + rest * spread[4]
                     grad_place += by_share * ((share > 0) & (share < 1))
+            del returned
         given = [None] * len(surfaces[3:])  # where what is hidden lies
         return None, grad_coc, *grads[:3], *given
 
 
-def _blurred(spectra: Tensor, spectrum: Spectrum, coc_px: Tensor, psf: Psf, size: tuple[int, ...]) -> Iterator[Tensor]:
-    """One frame's sheets (5, h, w), each blurred by its own CoC, near to far."""
-    for sheet, transfer in zip(spectra, spectrum.transfer(coc_px, psf), strict=True):
-        yield spectrum.inverse(sheet * transfer, size[0], size[1])
+def _blurred(spectra: Tensor, spectrum: Spectrum, coc_px: Tensor, psf: Psf, tile: Tile) -> Iterator[Tensor]:
+    """One frame's sheets (5, h, w) within the tile, each blurred by its own CoC, near to far."""
+    for sheet, coc in zip(spectra, coc_px.split(1), strict=True):
+        yield spectrum.inverse(sheet * spectrum.transfer(coc, psf), *tile.inner)
 
 
 def _ordered_spectra(
@@ -752,59 +804,72 @@ def _front_backward(blurred: list[Tensor], grad_out: Tensor) -> Iterator[tuple[i
 
 
 class _Gather(torch.autograd.Function):
-    """Every pixel reads the image blurred by its own variance: image (3, H, W), variance (S, H, W) to (S, 3, H, W).
+    """Every pixel reads the image blurred by its own variance: image (3, H, W), inverse depth (H, W) to (S, 3, H, W).
 
     The image is blurred once at a few levels, which all frames share and which are even in log(SCALE_KNEE + variance);
     each pixel interpolates between four of them (Catmull-Rom). Light comes from inside the image only.
     """
 
     @staticmethod
-    def forward(ctx: Any, aif: Tensor, variance: Tensor) -> Tensor:
-        scales = Scales.covering(variance)
-        out = aif.new_empty(variance.shape[0], 3, *variance.shape[1:])
-        tiles = list(_tiles(variance.shape[1], variance.shape[2], scales.reach, GATHER_REACHES))
+    def forward(ctx: Any, psf: Psf, aif: Tensor, inverse_depth_dpt: Tensor, focus_dpt: Tensor, kappa: Tensor) -> Tensor:
+        settings = list(zip(kappa, focus_dpt, strict=True))
+        scales = Scales.covering(psf.gaussian_variance(coc_diameter_px(*lens, inverse_depth_dpt)) for lens in settings)
+        out = aif.new_empty(len(settings), *aif.shape)
+        tiles = list(_tiles(aif.shape[1], aif.shape[2], scales.reach, GATHER_REACHES))
         ctx.kept = None
         for tile in tiles:
-            spectrum = _tile_spectrum(tile, scales.reach, aif)
-            table, norm = _levels(aif, tile, spectrum, scales)
-            keep = len(tiles) == 1 and 2 * table.nbytes + norm.nbytes + 16 * variance.nbytes <= KEPT_BYTES
+            table = _levels(aif, tile, scales)
+            depth = inverse_depth_dpt[tile.proper]
+            keep = len(tiles) == 1 and 2 * table.nbytes + 16 * len(settings) * depth.nbytes <= KEPT_BYTES
             every = []
-            for k, here in enumerate(variance[(..., *tile.proper)]):
-                taps = scales.taps(here)
-                out[(k, slice(None), *tile.proper)] = taps.mixed(table, taps.weights).view(3, *here.shape)
+            for k, lens in enumerate(settings):
+                taps = scales.taps(psf.gaussian_variance(coc_diameter_px(*lens, depth)))
+                out[(k, slice(None), *tile.proper)] = taps.mixed(table, taps.weights).view(3, *depth.shape)
                 if keep:
                     every.append(taps)
             if keep:
-                ctx.kept = table, norm, every
-        ctx.save_for_backward(aif, variance)
+                ctx.kept = table, every
+            del table, every, taps  # before the next tile's are made
+        ctx.save_for_backward(aif, inverse_depth_dpt, focus_dpt, kappa)
+        ctx.psf, ctx.scales = psf, scales
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor]:
-        aif, variance = ctx.saved_tensors
-        scales = Scales.covering(variance)
-        grad_aif, grad_variance = torch.zeros_like(aif), torch.empty_like(variance)
-        for tile in _tiles(variance.shape[1], variance.shape[2], scales.reach, GATHER_REACHES):
-            spectrum = _tile_spectrum(tile, scales.reach, aif)
-            table, norm, every = ctx.kept or (*_levels(aif, tile, spectrum, scales), None)
-            grad_levels = aif.new_zeros(3, scales.count + 1, *norm.shape[2:])
-            for k, here in enumerate(variance[(..., *tile.proper)]):
-                taps = every[k] if every else scales.taps(here)
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        aif, inverse_depth_dpt, focus_dpt, kappa = ctx.saved_tensors
+        psf: Psf = ctx.psf
+        scales: Scales = ctx.scales
+        grad_aif, grad_depth = torch.zeros_like(aif), torch.zeros_like(inverse_depth_dpt)
+        grad_focus, grad_kappa = torch.zeros_like(focus_dpt), torch.zeros_like(kappa)
+        for tile in _tiles(aif.shape[1], aif.shape[2], scales.reach, GATHER_REACHES):
+            table, every = ctx.kept or (_levels(aif, tile, scales), None)
+            depth = inverse_depth_dpt[tile.proper]
+            grad_levels = aif.new_zeros(3, scales.count + 1, *depth.shape)
+            for k, gain in enumerate(kappa):
+                per_kappa = coc_diameter_px(1.0, focus_dpt[k], depth)
+                coc_px = gain * per_kappa
+                taps = every[k] if every else scales.taps(psf.gaussian_variance(coc_px))
                 grad = grad_out[(k, slice(None), *tile.proper)]
-                slopes = taps.mixed(table, taps.slopes).view(3, *here.shape)
-                grad_variance[(k, *tile.proper)] = slopes.mul_(grad).sum(0)
+                by_variance = taps.mixed(table, taps.slopes).view_as(grad).mul_(grad).sum(0)
+                by_coc = by_variance.mul_(coc_px).mul_(2 * psf.gain**2)
+                grad_kappa[k] += (by_coc * per_kappa).sum()
+                grad_focus[k] += gain * by_coc.sum()
+                grad_depth[tile.proper] -= by_coc.mul_(gain)
                 taps.spread(grad, grad_levels)
-            del table
+            del table, every, taps
             by_level = scales.pull_back(grad_levels.transpose(0, 1))
-            size = aif[(0, *tile.wide)].shape
-            returned = spectrum.zeros(3)
-            placed = aif.new_zeros(3, *size)
-            for level, variance_of_level in enumerate(scales.variances):
-                placed[(..., *tile.inner)] = by_level[level] / norm[level]
-                returned.addcmul_(spectrum.gaussian(variance_of_level), spectrum.forward(placed))
-            grad_aif[(..., *tile.wide)] += spectrum.inverse(returned, *size)
-        return grad_aif, grad_variance
+            for levels, near, spectrum in _halos(tile, scales, aif):
+                returned = spectrum.zeros(3)
+                for level, variance in levels:
+                    seen = by_level[level].div_(spectrum.gaussian_of_ones(variance, near))
+                    returned.addcmul_(spectrum.gaussian(variance), spectrum.forward(seen))
+                # the tile went in at the first row and column, so what lies before it came out at the far end
+                around = spectrum.inverse(returned, slice(0, spectrum.height), slice(0, spectrum.width))
+                around = around.roll((near.inner[0].start, near.inner[1].start), (1, 2))
+                grad_aif[(..., *near.wide)] += around[(..., *near.whole)]
+            del grad_levels, by_level, seen, returned, around  # before the next tile's are made
+        return None, grad_aif, grad_depth, grad_focus, grad_kappa
 
 
 @dataclass(frozen=True)
@@ -837,9 +902,10 @@ class Scales:
     count: int
 
     @classmethod
-    def covering(cls, variance: Tensor) -> Scales:
-        """Enough levels for every value of `variance`; the first lies at its smallest or below."""
-        least, most = float(variance.min()), float(variance.max())
+    def covering(cls, variances: Iterable[Tensor]) -> Scales:
+        """Enough levels for every value of `variances`; the first lies at the smallest or below."""
+        limits = [(float(variance.min()), float(variance.max())) for variance in variances]
+        least, most = min(low for low, _ in limits), max(high for _, high in limits)
         least = min(least, 0.09) if least > 0.01 else 0.0
         span = math.log((SCALE_KNEE + most) / (SCALE_KNEE + least)) / math.log(SCALE_RATIO)
         return cls(least, math.floor(span) + 3)
@@ -851,7 +917,22 @@ class Scales:
 
     @property
     def reach(self) -> int:
-        return math.ceil(TAIL_SIGMAS * math.sqrt(self.variances[-1]) + 2)
+        """Distance in px beyond which no level moves light."""
+        return self._reach(self.variances[-1])
+
+    @staticmethod
+    def _reach(variance: float) -> int:
+        return math.ceil(TAIL_SIGMAS * math.sqrt(variance) + 2)
+
+    @property
+    def by_reach(self) -> list[tuple[int, list[tuple[int, float]]]]:
+        """Levels whose reach is alike within a factor of 2, number and variance, and the widest reach among them."""
+
+        def halvings(level: tuple[int, float]) -> int:
+            return int(math.log2(max(self.reach / max(self._reach(level[1]), NARROW_PX), 1)))
+
+        groups = [list(levels) for _, levels in groupby(enumerate(self.variances), halvings)]
+        return [(self._reach(levels[-1][1]), levels) for levels in groups]
 
     def taps(self, variance: Tensor) -> Taps:
         """What each pixel of `variance` (h, w) mixes. Level 0 of the mix is an extra one before the first."""
@@ -891,18 +972,24 @@ class Scales:
         return levels
 
 
-def _levels(aif: Tensor, tile: Tile, spectrum: Spectrum, scales: Scales) -> tuple[Tensor, Tensor]:
-    """The tile's colours at every level, the extra one first, ((L + 1) * h * w, 3), and their weights (L, 1, h, w)."""
-    image = aif[(..., *tile.wide)]
-    source = spectrum.forward(torch.cat([image, torch.ones_like(image[:1])]))
-    size = aif[(0, *tile.proper)].shape
-    table, norm = aif.new_empty(scales.count + 1, *size, 3), aif.new_empty(scales.count, 1, *size)
-    for level, variance in enumerate(scales.variances):
-        spread = spectrum.inverse(source * spectrum.gaussian(variance), *image.shape[1:])[(..., *tile.inner)]
-        norm[level] = spread[3]
-        table[level + 1] = (spread[:3] / spread[3]).permute(1, 2, 0)
+def _halos(tile: Tile, scales: Scales, like: Tensor) -> Iterator[tuple[list[tuple[int, float]], Tile, Spectrum]]:
+    """Levels, number and variance, with the tile in the halo they need and its frequencies."""
+    for reach, levels in scales.by_reach:
+        near = tile.narrowed(reach)
+        yield levels, near, _tile_spectrum(near, reach, like)
+
+
+def _levels(aif: Tensor, tile: Tile, scales: Scales) -> Tensor:
+    """The tile's colours at every level, the extra one first, ((L + 1) * h * w, 3)."""
+    table = aif.new_empty(scales.count + 1, *aif[(0, *tile.proper)].shape, 3)
+    for levels, near, spectrum in _halos(tile, scales, aif):
+        source = spectrum.forward(aif[(..., *near.wide)])
+        for level, variance in levels:
+            spread = spectrum.inverse(source * spectrum.gaussian(variance), *near.inner)
+            spread /= spectrum.gaussian_of_ones(variance, near)
+            table[level + 1] = spread.permute(1, 2, 0)
     table[0] = sum(share * level for share, level in zip(EXTRA_LEVEL, table[1:], strict=False))
-    return table.view(-1, 3), norm
+    return table.view(-1, 3)
 
 
 # --- the published operator -----------------------------------------------------------------------------------------
@@ -941,7 +1028,7 @@ class _Published(torch.autograd.Function):
         height, width = image.shape[-2:]
         out = image.new_empty(*radius_px.shape[:2], 3, height, width)
         norm = torch.empty_like(radius_px)
-        for tile in _tiles(height, width, window // 2):
+        for tile in _tiles(height, width, window // 2, least_px=PUBLISHED_TILE_PX):
             light, radius = image[(..., *tile.wide)][:, None], radius_px[(..., *tile.wide)]
             gate, _, mass, decay = _published_kernel(radius)
             source_light = light * mass[:, :, None]
@@ -963,7 +1050,7 @@ class _Published(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         image, radius_px, out, norm = ctx.saved_tensors
         grad_image, grad_radius = torch.zeros_like(image), torch.zeros_like(radius_px)
-        for tile in _tiles(image.shape[-2], image.shape[-1], ctx.window // 2):
+        for tile in _tiles(image.shape[-2], image.shape[-1], ctx.window // 2, least_px=PUBLISHED_TILE_PX):
             wide = (..., *tile.wide)
             light, gradient = image[wide][:, None], torch.zeros_like(grad_out[wide])
             gradient[(..., *tile.inner)] = grad_out[(..., *tile.proper)]  # of receivers; sources lie in the halo too

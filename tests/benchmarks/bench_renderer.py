@@ -39,7 +39,7 @@ def picture(height: int, width: int) -> Tensor:
     for cells in (4, 16, 64):
         size = (max(2, height // cells), max(2, width // cells))
         noise = torch.rand(1, 3, *size, generator=rng)
-        image += functional.interpolate(noise, (height, width), mode="bilinear", align_corners=False) / 3
+        image += functional.interpolate(noise, (height, width), mode="bilinear", align_corners=False).div_(3)
     return image
 
 

@@ -188,8 +188,10 @@ def test_gather_is_its_definition():
     assert error.mean() < 1e-4
     assert error.max() < 1e-2
     # white noise is the hardest picture; the derivative by the width must point the same way
-    probed = variance.clone().requires_grad_()
-    (slope,) = torch.autograd.grad(render_module._Gather.apply(aif[0], probed).sum(), probed)
+    probed = depth.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(
+        render_stack(aif, probed, focus, kappa, model="gather", gaussian_gain=0.25).sum(), probed
+    )
     small = 1e-4
     wanted = torch.stack(
         [
@@ -197,6 +199,7 @@ def test_gather_is_its_definition():
             for v in variance
         ]
     ) / (2 * small)
+    wanted = (wanted * -72 * (focus[0, :, None, None] - depth[0])).sum(0)  # the variance's slope by the inverse depth
     assert torch.cosine_similarity(slope.flatten(), wanted.flatten(), dim=0) > 0.999
 
 
@@ -209,7 +212,7 @@ def test_gather_gradcheck():
     assert torch.autograd.gradcheck(rendered, (aif, depth, focus, kappa), fast_mode=True)
 
 
-def tiles_of_35(height, width, reach, reaches=0):
+def tiles_of_35(height, width, reach, reaches=0, least_px=0):
     """`_tiles` without its preference for tiles much larger than their halo."""
     for top in range(0, height, 35):
         for left in range(0, width, 35):
@@ -240,6 +243,24 @@ def test_tiles_leave_no_seam(monkeypatch, model, psf):
         assert relative(a, b) < (1e-3 if model == "occlusion" else 1e-5)  # it divides by weights down to 1e-3
 
 
+def test_gather_s_levels_with_halos_of_their_own_leave_no_seam(monkeypatch):
+    """Wide enough blur for several halos; gradients by all four inputs."""
+    aif, depth, focus, _ = scene(90, 110, 2)
+
+    def values():
+        inputs = [t.clone().requires_grad_() for t in (aif, depth, focus, torch.full((1, 2), 40.0, dtype=F64))]
+        out = render_stack(*inputs, model="gather", gaussian_gain=0.25)
+        teacher = torch.rand(out.shape, generator=torch.Generator().manual_seed(4), dtype=F64)
+        return [out, *torch.autograd.grad((out * teacher).sum(), inputs)]
+
+    variances = [(10 * (q - depth)) ** 2 + 0.09 for q in focus[0]]
+    assert len(render_module.Scales.covering(variances).by_reach) > 1
+    whole = values()
+    monkeypatch.setattr(render_module, "_tiles", tiles_of_35)
+    for a, b in zip(values(), whole, strict=True):
+        assert relative(a, b) < 1e-5
+
+
 @pytest.mark.parametrize("psf", [Psf("disc", floor_px=0.0), Psf("disc"), Psf("gaussian", 0.25, 0.0), Psf("gaussian")])
 @pytest.mark.parametrize("coc", [0.0, 0.3, 1.0, 2.0, 5.0, 12.0, 25.0, 80.0])
 def test_kernels_keep_energy_positivity_and_second_moment(psf, coc):
@@ -248,7 +269,8 @@ def test_kernels_keep_energy_positivity_and_second_moment(psf, coc):
     transfer = spectrum.transfer(torch.tensor([coc], dtype=F64), psf)
     point = torch.zeros(2 * reach + 1, 2 * reach + 1, dtype=F64)
     point[reach, reach] = 1
-    kernel = spectrum.inverse(transfer[0] * spectrum.forward(point), 2 * reach + 1, 2 * reach + 1)
+    everywhere = slice(0, 2 * reach + 1)
+    kernel = spectrum.inverse(transfer[0] * spectrum.forward(point), everywhere, everywhere)
     assert kernel.sum() == pytest.approx(1, abs=1e-4)  # what lies beyond the reach
     assert kernel.min() > -1e-9
     offsets = torch.arange(-reach, reach + 1) ** 2
