@@ -399,8 +399,6 @@ class PaperNet(nn.Module):
             near..far, which pins the farthest pixel of every image to `far_m`.
     """
 
-    bf16 = False  # for training
-
     def __init__(
         self, width: int = 16, levels: int = 4, near_m: float = 0.1, far_m: float = 10.0, post: str = "clip"
     ) -> None:
@@ -449,9 +447,7 @@ class PaperNet(nn.Module):
         with_aif: bool = True,
     ) -> NetworkOutput:
         """As `DefaultNet.forward`; the last four are not used, the published network knows no optics."""
-        with torch.autocast(frames.device.type, torch.bfloat16, enabled=self.bf16):
-            raw = self.raw(frames, 1.0 / focus_dpt.clamp_min(1e-2))
-        raw = raw.float()
+        raw = self.raw(frames, 1.0 / focus_dpt.clamp_min(1e-2))
         inverse_depth = 1.0 / self.depth_m(raw).clamp_min(self.near_m)
         return NetworkOutput(inverse_depth, torch.full_like(inverse_depth, torch.nan), raw[:, :3].clamp(0.0, 1.0))
 

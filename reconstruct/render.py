@@ -58,7 +58,8 @@ SCALE_KNEE, SCALE_RATIO = 0.3, 1.5  # of the gather's blur levels (notes/perform
 GATHER_REACHES = 5  # side of its tiles: it holds three colours of every level
 NARROW_PX = 32  # halo below which a narrower one saves less than its transforms cost
 EXTRA_LEVEL = (3, -3, 1)  # of the first three levels: the one before them, on their parabola
-DISCS_BYTES = 32e6  # transfer functions of discs that are remembered for each size of image
+DISCS_BYTES = 48e6  # transfer functions of discs that are remembered for each size of image
+WHOLE_DISC_BYTES = 4e5  # up to this size as they are used, else a quarter of them
 KEPT_BYTES = 128e6  # blurred layers or levels up to this size are kept for the way back, not made again
 
 
@@ -250,7 +251,9 @@ class Spectrum:
         self.cos_rows = _Cosines(rows[: height // 2 + 1].abs(), dtype, device)
         self.cos_columns = _Cosines(columns, dtype, device)
         # a refinement asks for the same discs again and again
-        room = int(DISCS_BYTES / ((height // 2 + 1) * (width // 2 + 1) * dtype.itemsize))
+        plane_bytes = height * (width + 2) * dtype.itemsize
+        self.whole_discs = plane_bytes <= WHOLE_DISC_BYTES
+        room = int(DISCS_BYTES / plane_bytes) * (1 if self.whole_discs else 4)
         self._remembered = lru_cache(maxsize=max(room, 1))(self._disc_transfer)
 
     def zeros(self, *leading: int) -> Tensor:
@@ -276,11 +279,14 @@ class Spectrum:
         if psf.shape == "gaussian":
             variance = psf.gaussian_variance(coc_px)[:, None, None]
             return torch.exp(variance * self.bend_rows) * torch.exp(variance * self.bend_columns)
-        return self._spread(torch.cat([self._remembered(coc, psf.floor_px) for coc in coc_px.tolist()]))
+        discs = torch.cat([self._remembered(coc, psf.floor_px) for coc in coc_px.tolist()])
+        return discs if self.whole_discs else self._spread(discs)
 
     def _disc_transfer(self, coc_px: float, floor_px: float) -> Tensor:
+        """One disc's transfer function as it is remembered."""
         disc, _ = self._disc(torch.tensor([coc_px], dtype=self.dtype, device=self.device))
-        return self._floored(disc, floor_px)
+        upper = self._floored(disc, floor_px)
+        return self._spread(upper) if self.whole_discs else upper
 
     def transfer_slope(self, coc_px: Tensor, psf: Psf) -> Tensor:
         """Derivative of `transfer` by the CoC diameter."""

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from capture.errors import DataError, UsageError
 from reconstruct.checkpoint import latest_state, load_state, save_state, save_weights
 from reconstruct.dataset import PHOTOGRAPHS, ScenePool, SimulatedBatches, StackBatch
-from reconstruct.device import own_share
+from reconstruct.device import has_bf16, own_share
 from reconstruct.losses import laplace_surprise
 from reconstruct.memory import ran_out
 from reconstruct.network import DefaultNet, NetworkOutput, PaperNet, build, place_hypotheses
@@ -317,7 +317,8 @@ def fit(
             f"make `batch` at least {shares}"
         )
     net.to(device)
-    net.bf16 = _bf16(device)
+    if isinstance(net, DefaultNet):  # the published one was trained in float32
+        net.bf16 = has_bf16(device)
     if device.type == "cuda":
         net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     fused = device.type in ("cpu", "cuda")
@@ -397,7 +398,8 @@ def fit(
                 saved_at = time.monotonic()
             if last:
                 break
-    net.bf16 = False
+    if isinstance(net, DefaultNet):
+        net.bf16 = False
     if board is not None:
         board.close()
     answer = {name: tensor.to(device) for name, tensor in (best or average.tensors).items()}
@@ -506,10 +508,6 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer, net: nn.Module) -> dict
         for name, parameter in net.named_parameters()
         for key, value in optimizer.state[parameter].items()
     }
-
-
-def _bf16(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_bf16_supported()  # on CPUs without bf16 units it is 12-27x slower
 
 
 def _check_finite(terms: Any, step: int, run: Path) -> None:

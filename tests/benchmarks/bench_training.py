@@ -3,11 +3,12 @@
     python -m tests.benchmarks training
 
 A `default` step is one of fine-tuning: crops of captured stacks with the plane sweep's evidence and their refined maps
-(`DistilTask`), network, loss, backward, optimiser. The published step is its network, its operator (window 7) written
-in plain torch, its losses, backward, optimiser; beside it the same with our own fused operator. Interleaved, medians of
-process CPU time on one thread. Goal: a `default` step >= 15 x faster. Beside it, what the convolutions and matrix
-products of both steps allow: their operations as torch counts them, at the rate that one 3x3 convolution of 32 channels
-reaches here; a step of nothing else would be the ceiling times faster. Goes to bench-results/training.json.
+(`DistilTask`), network, loss, backward, optimiser, as `fit` does it: the U-Net in bf16 where the CPU has units for it;
+beside it the same in float32. The published step is its network, its operator (window 7) written in plain torch, its
+losses, backward, optimiser; beside it the same with our own fused operator. Interleaved, medians of process CPU time on
+one thread. Goal: a `default` step >= 15 x faster. Beside it, what the convolutions and matrix products of both steps
+allow: their operations as torch counts them, at the rate that one 3x3 convolution of 32 channels in float32 reaches
+here; a step of nothing else would be the ceiling times faster. Goes to bench-results/training.json.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from capture.lens import coc_diameter_px
 from reconstruct.dataset import CapturedStack, RenderedScene, ScenePool, StackBatch
+from reconstruct.device import has_bf16
 from reconstruct.finetune import FINETUNE, PAPER, DistilTask, Lesson, PhotometricTask, only_adaptable
 from reconstruct.losses import PUBLISHED, published_terms
-from reconstruct.network import NetworkOutput, build
+from reconstruct.network import DefaultNet, NetworkOutput, build
 from reconstruct.render import published_blur
 from tests.benchmarks.bench_foundation import Goal
 from tests.benchmarks.foundation_stacks import ROOT
@@ -123,14 +125,17 @@ def compare(
     photometric = PhotometricTask([lesson.stack], PAPER.model_copy(update={"batch": batch, "crop_px": crop}))
     kinds: dict[str, tuple[nn.Module, bool, Callable[[NetworkOutput, StackBatch], Tensor]]] = {
         "default": (build("default"), True, lambda o, b: torch.stack(list(task.terms(o, b))).sum()),
+        "default, float32": (build("default"), True, lambda o, b: torch.stack(list(task.terms(o, b))).sum()),
         "default, evidence anew": (build("default"), False, lambda o, b: torch.stack(list(task.terms(o, b))).sum()),
         "published": (build("paper"), True, published_loss),
         "published, our operator": (
             build("paper"), True, lambda o, b: torch.stack(list(photometric.terms(o, b))).sum()
         ),
     }  # fmt: skip
-    for kind in ("default", "default, evidence anew"):
-        only_adaptable(kinds[kind][0])
+    for kind, (net, *_) in kinds.items():
+        if isinstance(net, DefaultNet):
+            only_adaptable(net)
+            net.bf16 = has_bf16(CPU) and kind != "default, float32"
     optimizers = {kind: torch.optim.AdamW(net.parameters(), 1e-5, fused=True) for kind, (net, *_) in kinds.items()}
     clocks = {kind: Clock() for kind in kinds}
     operations = {}

@@ -21,7 +21,7 @@ from capture.config import load_yaml
 from capture.errors import DataError, UsageError
 from capture.lens import Lens
 from capture.stack import write_stack
-from reconstruct import finetune
+from reconstruct import finetune, train
 from reconstruct.checkpoint import latest_state, load_state, load_weights, save_weights
 from reconstruct.cli import app
 from reconstruct.dataset import ScenePool, StackBatch, load_captured
@@ -131,7 +131,8 @@ def moved_apart(one, two, start):
     return float((both[0] - both[1]).norm() / (both[0] - both[2]).norm())
 
 
-def test_accumulated_gradients_are_those_of_the_batch(tmp_path):
+def test_accumulated_gradients_are_those_of_the_batch(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "has_bf16", lambda device: False)  # there every part rounds for itself
     config = TINY.model_copy(update={"batch": 2, "ema_decay": 0.0})
     whole = fit(new_net(), ToyTask(), config, tmp_path / "whole", device=CPU)
     halves = fit(new_net(), ToyTask(), config.model_copy(update={"accumulate": 2}), tmp_path / "halves", device=CPU)
@@ -306,8 +307,10 @@ def training_script(tmp_path, pool):
             f"""
             import sys, torch
             from pathlib import Path
+            from reconstruct import train
             from reconstruct.train import TrainConfig, pretrain
             torch.set_num_threads(1)
+            train.has_bf16 = lambda device: False
             config = TrainConfig(**{config!r})
             pretrain(config, Path(sys.argv[1]), Path({str(pool)!r}), device=torch.device("cpu"), resume=True)
             """
@@ -362,11 +365,12 @@ def test_two_processes_adapt_as_one_does(tmp_path, stack_file):
             f"""
             import sys, torch
             from pathlib import Path
-            from reconstruct import finetune
+            from reconstruct import finetune, train
             from reconstruct.dataset import load_captured
             from reconstruct.predict import load_network
             from reconstruct.train import TrainConfig
             torch.set_num_threads(1)
+            train.has_bf16 = lambda device: False
             finetune.reliably_lower = lambda before, after: True
             stack, cpu = load_captured({str(stack_file)!r}), torch.device("cpu")
             config = TrainConfig(**{QUICK.model_dump() | {"steps": 12, "warmup_steps": 1}!r})
