@@ -370,8 +370,8 @@ def _estimate_tiled(
         if refine_steps:
             from reconstruct.refine import refine
 
-            settings = method.focus_dpt, method.kappa
-            estimate = refine(frames, *settings, estimate, steps=refine_steps, valid=seen)
+            stack = frames, method.focus_dpt, method.kappa
+            estimate = refine(*stack, estimate, steps=refine_steps, valid=seen, context=method.context)
         fields.put(tile, _less_sure(estimate, seen.all(0)))
     return fields
 
