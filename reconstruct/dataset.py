@@ -408,7 +408,7 @@ class SimulatedBatches:
         self.pool, self.scenes, self.first, self.size, self.crop = pool, scenes, first, batch, crop
 
     def batch(self, step: int, part: int = 0, parts: int = 1) -> StackBatch:
-        """Every `parts`-th stack of the batch of `step`, from `part` on; only their scenes are read."""
+        """Every `parts`-th stack of the batch of `step`, from `part` on, `quietened`; only their scenes are read."""
         rng = np.random.default_rng([self.pool.seed, 3, step])
         count = int(rng.choice([2, 3, 4, 5, 6, 7, 8, 10], p=[0.04, 0.1, 0.14, 0.34, 0.12, 0.12, 0.08, 0.06]))
         available = min(self.scenes, self.first + step * self.size // 8)
