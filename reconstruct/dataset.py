@@ -39,7 +39,7 @@ from reconstruct.device import own_share
 from reconstruct.estimate import Estimate
 from reconstruct.network import Prior
 from reconstruct.optics import optics_of
-from reconstruct.plane_sweep import photometry, quietened
+from reconstruct.plane_sweep import pixel_noise, quietened
 
 PHOTOGRAPHS = (
     "astronaut",
@@ -487,9 +487,9 @@ def taken_again(
     image = seen.aif.permute(1, 2, 0).nan_to_num().clamp(0, 1).numpy()
     scene = Scene(np.ascontiguousarray(image), (1 / (depth + near_enough)).astype(np.float32), stack.name)
     renderer = ApertureRenderer(scene, float(kappa.max()))
-    noise_std = float(photometry(stack.frames, stack.valid).grain.sqrt())
+    _, grain = pixel_noise(stack.frames, stack.valid)
     frames = [
-        expose(renderer.frame(q + near_enough, k, psf=psf, quality="fast"), rng, noise_std, None)
+        expose(renderer.frame(q + near_enough, k, psf=psf, quality="fast"), rng, float(grain.sqrt()), None)
         for q, k in zip(focus.tolist(), kappa.tolist(), strict=True)
     ]
     again = replace(

@@ -13,10 +13,10 @@ over the background, so a smoothed or otherwise wrong depth predicts better with
 judge is blind to small changes of depth, so a network that gains less than LEAST_GAIN, or than the stacks disagree by,
 is not kept.
 
-What reads the frames (READING) stays as thousands of scenes have trained it: with it, a step takes an eighth longer and
-gains nothing. And what is kept goes only KEPT_CHANGE of the way from the start's weights to the learned ones ("Robust
-fine-tuning of zero-shot models", Wortsman et al. 2022): most of the gain, and what the stacks did not show is not
-forgotten.
+What reads the frames (READING) stays as thousands of scenes have trained it: training it too makes a step an eighth
+longer and gains nothing. And what is kept goes only KEPT_CHANGE of the way from the start's weights to the learned ones
+("Robust fine-tuning of zero-shot models", Wortsman et al. 2022): most of the gain, and what the stacks did not show is
+not forgotten.
 
 The paper's end-to-end training (`PhotometricTask`) is here too: render the network's image through the network's
 depth, compare with the frames.

@@ -116,14 +116,25 @@ class Swept(NamedTuple):
     sharp: Tensor
 
 
-def photometry(frames: Tensor, valid: Tensor | None = None) -> Photometry:
-    """The `Photometry` of `frames` (S, 3, H, W), `valid` (S, H, W)."""
+def photometry(
+    frames: Tensor, valid: Tensor | None = None, captured: tuple[Tensor, Tensor] | None = None
+) -> Photometry:
+    """The `Photometry` of `frames` (S, 3, H, W), `valid` (S, H, W); `captured` is their `pixel_noise` if known."""
     luma, _ = filled_luma(frames, valid)
     exposure = relative_exposure(luma)
-    noise = channel_noise_variance(filled_frames(frames, valid)[0])
-    brightness = torch.nan_to_num(frames).mean().clamp_min(1e-4)
     luma_noise = detail_noise_variance(luma * exposure[:, None, None])
-    return Photometry(exposure, luma_noise, noise, noise / (brightness + BLACK), brightness)
+    noise, grain = captured or pixel_noise(frames, valid)
+    return Photometry(exposure, luma_noise, noise, grain, _brightness(frames))
+
+
+def pixel_noise(frames: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`noise` and `grain` of `Photometry`; arguments as for `photometry`."""
+    noise = channel_noise_variance(filled_frames(frames, valid)[0])
+    return noise, noise / (_brightness(frames) + BLACK)
+
+
+def _brightness(frames: Tensor) -> Tensor:
+    return torch.nan_to_num(frames).mean().clamp_min(1e-4)
 
 
 def quietened(
@@ -133,9 +144,9 @@ def quietened(
     exposure and `luma_noise` as they are now. `context` is the latter where they are a tile of a larger picture."""
     if context is not None:
         return denoised(frames, context.grain, valid), context
-    captured = photometry(frames, valid)
-    quiet = denoised(frames, captured.grain, valid)
-    return quiet, photometry(quiet, valid)._replace(noise=captured.noise, grain=captured.grain)
+    captured = pixel_noise(frames, valid)
+    quiet = denoised(frames, captured[1], valid)
+    return quiet, photometry(quiet, valid, captured)
 
 
 def detail_noise_variance(luma: Tensor) -> Tensor:
