@@ -164,15 +164,47 @@ def _leaves_texture(rng: np.random.Generator, size: int) -> NDArray[np.float32]:
     return image
 
 
+def _drawing_texture(rng: np.random.Generator, size: int) -> NDArray[np.float32]:
+    """Outlines, open strokes and filled shapes on plain paper: what they enclose is no hole and no object."""
+    paper = rng.uniform(0.02, 1.0, 3) ** (0.5 if rng.random() < 0.7 else 2.0)
+    image = paper * np.exp(np.exp(rng.uniform(np.log(0.002), np.log(0.05))) * _fractal(rng, size, 0.8)[..., None])
+    image = image.astype(np.float32)
+    inks = rng.random((2, 3)) ** 2
+    for _ in range(int(np.exp(rng.uniform(np.log(2), np.log(40))))):
+        ink = tuple(float(c) for c in inks[rng.integers(2)])
+        centre, angle = rng.uniform(0, size, 2), float(rng.uniform(0, 360))
+        extent = size * float(np.exp(rng.uniform(np.log(0.02), np.log(0.5))))
+        width = int(np.exp(rng.uniform(0, np.log(12))))
+        kind = rng.random()
+        if kind < 0.5:
+            axes = (1 + int(extent), 1 + int(extent * rng.uniform(0.2, 1)))
+            arc = 360 if rng.random() < 0.7 else int(rng.integers(40, 320))
+            filled = -1 if rng.random() < 0.15 else width
+            cv2.ellipse(image, tuple(map(int, centre)), axes, angle, 0, arc, ink, filled, cv2.LINE_AA)
+            continue
+        if kind < 0.75:
+            points = cv2.boxPoints((tuple(centre), (2 * extent, 2 * extent * rng.uniform(0.2, 1)), angle))
+        else:
+            points = centre + np.cumsum(rng.normal(0, extent, (int(rng.integers(2, 9)), 2)), 0)
+        corners = [points.astype(np.int32)]
+        if kind < 0.9 and rng.random() < 0.2:
+            cv2.fillPoly(image, corners, ink, cv2.LINE_AA)
+        else:
+            cv2.polylines(image, corners, kind < 0.9, ink, width, cv2.LINE_AA)
+    return image
+
+
 def _texture(rng: np.random.Generator, size: int) -> NDArray[np.float32]:
     """One surface's colours, (size, size, 3) linear; about a quarter of the surfaces have next to no texture."""
     kind = rng.random()
-    if kind < 0.42:
+    if kind < 0.37:
         image = _photo_texture(rng, size)
-    elif kind < 0.54:
+    elif kind < 0.48:
         image = _pattern_texture(rng, size)
-    elif kind < 0.64:
+    elif kind < 0.57:
         image = _leaves_texture(rng, size)
+    elif kind < 0.68:
+        image = _drawing_texture(rng, size)
     else:
         slope, contrast = rng.uniform(0.6, 1.9), float(np.exp(rng.uniform(np.log(0.004), np.log(0.6))))
         noise = np.stack([_fractal(rng, size, slope)] * 3, -1)
@@ -254,6 +286,10 @@ def procedural_training_scene(seed: Sequence[int], size: int) -> Scene:
             image = np.where(visible[..., None], _texture(rng, fine), image)
     if rng.random() < 0.6:  # uneven light
         image = image * np.exp(0.35 * cv2.GaussianBlur(_fractal(rng, fine, 2.0), (0, 0), 8))[..., None]
+    while rng.random() < 0.3:  # shadows and reflections: soft edges that no lens made
+        soft_px = float(np.exp(rng.uniform(np.log(1.5), np.log(25))))
+        shade = cv2.GaussianBlur(_shape_mask(rng, fine).astype(np.float32), (0, 0), soft_px)[..., None]
+        image = image * (1 - rng.uniform(0.2, 0.9) * shade) if rng.random() < 0.6 else image + rng.random() * shade
     depth = np.clip(depth, FAR_DPT - 0.12, NEAR_DPT + 0.12)
     aif = cv2.resize(np.clip(image, 0, 1).astype(np.float32), (size, size), interpolation=cv2.INTER_AREA)
     brightness = rng.uniform(0.35, 1.0) / max(float(np.percentile(aif, 99)), 0.05)

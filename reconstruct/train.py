@@ -72,7 +72,7 @@ class TrainConfig(BaseModel):
 
 
 # of the shipped weights; configs/train/default.yaml spells it out
-RECIPE = TrainConfig(steps=7000, restart_steps=(3000, 4600), scenes=4000)
+RECIPE = TrainConfig(steps=11000, restart_steps=(3000, 4600, 7000), scenes=4000)
 NOT_PART_OF_THE_RESULT = {"accumulate", "checkpoint_seconds", "checkpoint_every", "keep_states", "log_every"}
 EXTENDABLE = {"steps"}  # a run may be made longer or shorter while it is under way
 
