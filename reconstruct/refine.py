@@ -50,8 +50,8 @@ EDGE_PX, EDGE_ROOT = 0.3, 0.3  # differences of depth, of the root image's chann
 PROBE_PX = 0.25  # change of blur at which the misfit's slope is taken
 HIDDEN_RATE = 4.0  # of what near edges hide, which few frames show: it bends the misfit less
 UNEXPLAINED = 2.0  # times the median misfit: pixels with more say little about depth
-LEAST_CURVATURE = 3e-4  # of the misfit per px of blur squared: where nothing tells depth, it stays
-MOVES_AT = 0.4  # share of the steps before moves: the image fits by then, and enough are left to settle
+LEAST_CURVATURE = 1e-4  # of the misfit per px of blur squared: where nothing tells depth, it stays
+MOVES_AT = 0.3  # share of the steps before moves: the image fits by then, and enough are left to settle
 STEADY_SHARE = 0.5  # of the steps at full length; then they shrink to 0
 NOISE_PX = 0.05  # changes of blur that noise alone brings about in a pixel
 
@@ -80,7 +80,7 @@ class RefineConfig:
 
     depth_step_px: float = 0.09
     smoothness: float = 0.006
-    prior: float = 0.001
+    prior: float = 0.0003
     moves_px: tuple[int, ...] = (1, 2, 3)
     recede_px: tuple[int, ...] = (4, 12)
     colour_price_px: float = 20.0
@@ -88,7 +88,7 @@ class RefineConfig:
     trial_steps: int = 3
     window_px: int = 5
     shifts: int = 6
-    reach_px: float = 3.5
+    reach_px: float = 3.0
     hold: float = 0.06
     focus_std_px: float = 0.05
     gain_std: float = 0.01

@@ -50,24 +50,27 @@ def train_command(
         raise UsageError("--recipe trains on simulated stacks; leave the captured ones out")
     from reconstruct.device import pick_device
 
-    settings = _settings(config, recipe, preset, init, steps)
+    files = _files(stacks or [])
+    settings = _settings(config, recipe, preset, init, steps, len(files))
     target = pick_device(device)
     if dry_run:
-        _print_plan(settings, stacks, recipe, str(target))
+        _print_plan(settings, files, recipe, str(target))
         return
     from reconstruct.train import is_first_process, pretrain
 
     if recipe is not None:
         said = str(pretrain(settings, out, pool or out / "pool", device=target, resume=resume))
     else:
-        said = _train_on_stacks(stacks or [], out, settings, init, refine, lens, resume, device)
+        said = _train_on_stacks(files, out, settings, init, refine, lens, resume, device)
     if is_first_process():
         print(said)
 
 
-def _settings(config: Path | None, recipe: str | None, preset: str, init: str, steps: int | None) -> TrainConfig:
+def _settings(
+    config: Path | None, recipe: str | None, preset: str, init: str, steps: int | None, stacks: int
+) -> TrainConfig:
     from capture.config import load_yaml
-    from reconstruct.finetune import FINETUNE, FROM_NOTHING, PAPER
+    from reconstruct.finetune import FROM_NOTHING, PAPER, finetune_config
     from reconstruct.train import RECIPE, TrainConfig
 
     if config is not None:
@@ -77,16 +80,16 @@ def _settings(config: Path | None, recipe: str | None, preset: str, init: str, s
     elif preset == "paper":
         settings = PAPER
     else:
-        settings = FROM_NOTHING if init == "none" else FINETUNE
+        settings = FROM_NOTHING if init == "none" else finetune_config(stacks)
     return settings if steps is None else settings.model_copy(update={"steps": steps})
 
 
-def _print_plan(settings: TrainConfig, stacks: list[str] | None, recipe: str | None, device: str) -> None:
+def _print_plan(settings: TrainConfig, files: list[str], recipe: str | None, device: str) -> None:
     from reconstruct.network import build
     from reconstruct.train import step_memory_bytes
 
     net = build(settings.preset)
-    data = f"recipe {recipe}: {settings.scenes} simulated scenes" if recipe else f"{len(_files(stacks or []))} stack(s)"
+    data = f"recipe {recipe}: {settings.scenes} simulated scenes" if recipe else f"{len(files)} stack(s)"
     print(f"network    {settings.preset}, {sum(p.numel() for p in net.parameters()):,} parameters")
     print(f"data       {data}")
     print(f"steps      {settings.steps} of {settings.batch} crops of {settings.crop_px} px")
@@ -112,7 +115,7 @@ def _files(locations: list[str]) -> list[str]:
 
 
 def _train_on_stacks(
-    locations: list[str],
+    files: list[str],
     out: Path,
     settings: TrainConfig,
     init: str,
@@ -131,7 +134,7 @@ def _train_on_stacks(
 
     target = pick_device(device)
     profile = None if lens is None else LensProfile.read(lens)
-    captured = prepare_captured(_files(locations), profile, out / "stacks")
+    captured = prepare_captured(files, profile, out / "stacks")
     for stack in captured:
         if not stack.metric and is_first_process():
             print(f"{stack.name}: focus distances unknown; trained on in relative mode (ordered depth, no metres)")

@@ -42,12 +42,12 @@ from reconstruct import metrics
 from reconstruct.dataset import CapturedStack
 from reconstruct.estimate import Estimate
 from reconstruct.finetune import (
-    FINETUNE,
     FROM_NOTHING,
     PAPER,
     DistilTask,
     PhotometricTask,
     adapt,
+    finetune_config,
     prepare_lessons,
     train_paper,
 )
@@ -186,7 +186,8 @@ def tuned(
         run.mkdir()
         (run / "refined").symlink_to(refined)
         began = time.process_time()
-        result = adapt(adapted, network, run, FINETUNE.model_copy(update={"seed": seed}), device=CPU)
+        config = finetune_config(len(adapted)).model_copy(update={"seed": seed})
+        result = adapt(adapted, network, run, config, device=CPU)
         print(
             f"{result.table()}\nadapted to {len(adapted)} stacks in {time.process_time() - began:.0f} CPU s", flush=True
         )

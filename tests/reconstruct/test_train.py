@@ -25,7 +25,16 @@ from reconstruct import finetune, train
 from reconstruct.checkpoint import latest_state, load_state, load_weights, save_weights
 from reconstruct.cli import app
 from reconstruct.dataset import ScenePool, StackBatch, load_captured
-from reconstruct.finetune import FINETUNE, DistilTask, Lesson, PhotometricTask, adapt, train_paper, withheld_frame
+from reconstruct.finetune import (
+    FINETUNE,
+    DistilTask,
+    Lesson,
+    PhotometricTask,
+    adapt,
+    finetune_config,
+    train_paper,
+    withheld_frame,
+)
 from reconstruct.network import DefaultNet, NetworkOutput, build
 from reconstruct.predict import load_network, predict, wrap
 from reconstruct.train import (
@@ -501,9 +510,18 @@ def run(*arguments):
 def test_dry_run_prints_the_plan(tmp_path, stack_file):
     result = run(stack_file, "-o", tmp_path / "run", "--dry-run", "--device", "cpu")
     assert result.exit_code == 0
-    assert f"{FINETUNE.steps} of {FINETUNE.batch} crops of {FINETUNE.crop_px} px" in result.stdout
+    assert f"300 of {FINETUNE.batch} crops of {FINETUNE.crop_px} px" in result.stdout
     assert "GiB" in result.stdout
     assert not (tmp_path / "run").exists()
+
+
+def test_few_stacks_are_learned_from_for_fewer_steps(tmp_path, stack_file):
+    for name in "abc":
+        (tmp_path / f"{name}.h5").symlink_to(stack_file)
+    result = run(tmp_path, "-o", tmp_path / "run", "--dry-run", "--device", "cpu")
+    assert "3 stack(s)" in result.stdout
+    assert "steps      900 of" in result.stdout
+    assert finetune_config(1000).steps == FINETUNE.steps
 
 
 def test_one_of_many_processes_prints_what_came_of_it(tmp_path, monkeypatch):
