@@ -317,8 +317,6 @@ def fit(
             f"make `batch` at least {shares}"
         )
     net.to(device)
-    if isinstance(net, DefaultNet):  # the published one was trained in float32
-        net.bf16 = has_bf16(device)
     if device.type == "cuda":
         net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     fused = device.type in ("cpu", "cuda")
@@ -330,7 +328,7 @@ def fit(
     scores = [entry["score"] for entry in history]
     board = _tensorboard(run) if rank == 0 else None
     saved_at = time.monotonic()
-    with _display(config.steps, start, quiet=rank != 0) as show:
+    with _display(config.steps, start, quiet=rank != 0) as show, _in_bf16(net, device):
         show.note(
             f"{type(net).__name__}: {task.teacher}; steps {start} to {config.steps} on {device}, {world} process(es)"
         )
@@ -398,8 +396,6 @@ def fit(
                 saved_at = time.monotonic()
             if last:
                 break
-    if isinstance(net, DefaultNet):
-        net.bf16 = False
     if board is not None:
         board.close()
     answer = {name: tensor.to(device) for name, tensor in (best or average.tensors).items()}
@@ -407,6 +403,19 @@ def fit(
         for name in sorted(answer):  # a resumed run has them in another order
             torch.distributed.broadcast(answer[name], 0)  # only the first process knows which were best
     return answer
+
+
+@contextmanager
+def _in_bf16(net: DefaultNet | PaperNet, device: torch.device) -> Iterator[None]:
+    """What of `net` gains by it is in bf16, if `device` has units for that; the published network never is."""
+    if not isinstance(net, DefaultNet):
+        yield
+        return
+    net.bf16 = has_bf16(device)
+    try:
+        yield
+    finally:
+        net.bf16 = False
 
 
 def pretrain(config: TrainConfig, run: Path, pool: Path, *, device: torch.device, resume: bool = False) -> Path:

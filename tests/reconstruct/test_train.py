@@ -153,7 +153,8 @@ def test_accumulated_gradients_are_those_of_the_batch(tmp_path, monkeypatch):
 def test_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path):
     config = TINY.model_copy(update={"checkpoint_every": 1})
     with pytest.raises(DataError, match=r"step 2: the loss is not finite \(depth = nan"):
-        fit(new_net(), ToyTask(poison_at=2), config, tmp_path, device=CPU)
+        fit(net := new_net(), ToyTask(poison_at=2), config, tmp_path, device=CPU)
+    assert not net.bf16
     state = latest_state(tmp_path)
     assert state is not None
     parts, about = load_state(state)
