@@ -15,6 +15,7 @@ from capture.optics import Condition, SimulatedSweep, simulate_sweep
 from capture.scenes import motorcycle
 from capture.stack import write_stack
 from reconstruct import job, metrics, result
+from reconstruct.infer import Settings
 from reconstruct.shape_from_focus import shape_from_focus, sharpest_frame
 
 N_FRAMES = 7
@@ -54,7 +55,7 @@ def run(out: Path) -> None:
     console.print(f"   {stack_file} ({time.perf_counter() - started:.0f} s)")
 
     console.print("2. Reconstruct: align, estimate depth, fuse the all-in-focus image")
-    record = job.process_stack(str(stack_file), job.Job(str(out), force=True))
+    record = job.process_stack(str(stack_file), job.Job(str(out), Settings(compare=True), force=True))
     console.print(f"   {record['folder']} ({record['summary']['seconds']:.1f} s)")
 
     console.print(_table(sweep, result.load(Path(record["folder"]))))
