@@ -15,8 +15,8 @@ is not kept.
 
 What reads the frames (READING) stays as thousands of scenes have trained it: training it too makes a step an eighth
 longer and gains nothing. And what is kept goes only KEPT_CHANGE of the way from the start's weights to the learned ones
-("Robust fine-tuning of zero-shot models", Wortsman et al. 2022): most of the gain, and what the stacks did not show is
-not forgotten.
+("Robust fine-tuning of zero-shot models", Wortsman et al. 2022): most of the gain, and less is forgotten of what the
+stacks did not show.
 
 The paper's end-to-end training (`PhotometricTask`) is here too: render the network's image through the network's
 depth, compare with the frames.

@@ -353,7 +353,7 @@ def test_two_processes_learn_what_one_learns_and_a_killed_one_comes_back(tmp_pat
 
 @pytest.fixture(scope="module")
 def stack_file(tmp_path_factory, pool):
-    scene = ScenePool(pool, 5, 64)[0]
+    scene = ScenePool(pool, 5, 64)[3]
     frames = np.square(scene.frames[::3].astype(np.float32) / 65535)
     lens = Lens(focal_length_m=0.05, f_number=2.0, pixel_pitch_m=1e-4)
     path = tmp_path_factory.mktemp("stacks") / "scene.h5"
@@ -407,14 +407,14 @@ def test_evidence_is_gathered_once_and_turns_with_the_picture(tmp_path, stack_fi
     """Crops as large as the picture, mirrored and turned: the network says the same as if it swept each anew."""
     lesson = Lesson.prepare(load_captured(stack_file), None, 0, CPU, tmp_path)
     task, net = DistilTask([lesson], QUICK.model_copy(update={"crop_px": 64, "batch": 6}), CPU, tmp_path), new_net()
-    batch = task.batch(3)  # with one quarter turn, which changes 8 % of the sweep's answer; not turned, 96 %
+    batch = task.batch(3)  # one quarter turn is in it: that changes a few per cent of the sweep's own answer
     assert len({tuple(picture[:, 0, 0].tolist()) for picture in batch.frames[:, 0]}) > 2
     with torch.inference_mode():
         kept = net(batch.frames, batch.focus_dpt, batch.kappa, prior=batch.prior).inverse_depth_dpt
         anew = net(batch.frames, batch.focus_dpt, batch.kappa).inverse_depth_dpt
     off_px = (kept - anew).abs() * batch.kappa.mean()
     assert off_px.median() < 0.01
-    assert (off_px > 0.1).float().mean() < 0.02
+    assert (off_px > 0.1).float().mean() < 0.01
     assert not list(tmp_path.iterdir())
 
 
