@@ -260,13 +260,16 @@ class Spectrum:
         """A spectrum of nothing, (*leading, h, w + 2)."""
         return torch.zeros((*leading, self.height, self.width + 2), dtype=self.dtype, device=self.device)
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Spectrum of `image` (..., h, w), which is padded with zeros to the full size."""
-        return torch.view_as_real(torch.fft.rfft2(image, s=(self.height, self.width))).flatten(-2)
+    def forward(self, image: Tensor, values: int | None = None) -> Tensor:
+        """Spectrum of `image` (..., h, w), which is padded with zeros to the full size; the first `values` columns."""
+        if values is None:
+            return torch.view_as_real(torch.fft.rfft2(image, s=(self.height, self.width))).flatten(-2)
+        lines = torch.fft.rfft(image, n=self.width)[..., : values // 2]
+        return torch.view_as_real(torch.fft.fft(lines, n=self.height, dim=-2)).flatten(-2)
 
     def inverse(self, spectrum: Tensor, rows: slice, columns: slice) -> Tensor:
-        """These rows and columns of the image (..., h, w) with this spectrum."""
-        planes = torch.view_as_complex(spectrum.unflatten(-1, (-1, 2))).reshape(-1, self.height, self.width // 2 + 1)
+        """These rows and columns of the image (..., h, w) with this spectrum, whose last columns may be left out."""
+        planes = torch.view_as_complex(spectrum.unflatten(-1, (-1, 2))).flatten(0, -3)
         out = spectrum.new_empty(len(planes), rows.stop - rows.start, columns.stop - columns.start)
         together = 1 if self.device.type == "cpu" else len(planes)  # one plane at a time stays in the cache
         for part, target in zip(planes.split(together), out.split(together), strict=True):
@@ -334,8 +337,10 @@ class Spectrum:
         return whole
 
     def gaussian(self, variance: float) -> Tensor:
-        """Transfer function (h, w + 2) of the Gaussian of one variance."""
-        return torch.exp(variance * self.bend_rows) * torch.exp(variance * self.bend_columns)
+        """Transfer function (h, n) of the Gaussian of one variance; the last columns, which round to 0, left out."""
+        columns = torch.exp(variance * self.bend_columns)
+        values = int((columns > torch.finfo(self.dtype).eps).sum())  # it falls from column to column
+        return torch.exp(variance * self.bend_rows) * columns[:, :values]
 
     def gaussian_of_ones(self, variance: float, tile: Tile) -> Tensor:
         """What the Gaussian makes of 1 in the tile and its halo and 0 outside, within the tile, (h, w)."""
@@ -869,7 +874,9 @@ class _Gather(torch.autograd.Function):
                 returned = spectrum.zeros(3)
                 for level, variance in levels:
                     seen = by_level[level].div_(spectrum.gaussian_of_ones(variance, near))
-                    returned.addcmul_(spectrum.gaussian(variance), spectrum.forward(seen))
+                    transfer = spectrum.gaussian(variance)
+                    values = transfer.shape[1]
+                    returned[..., :values].addcmul_(transfer, spectrum.forward(seen, values))
                 # the tile went in at the first row and column, so what lies before it came out at the far end
                 around = spectrum.inverse(returned, slice(0, spectrum.height), slice(0, spectrum.width))
                 around = around.roll((near.inner[0].start, near.inner[1].start), (1, 2))
@@ -991,7 +998,8 @@ def _levels(aif: Tensor, tile: Tile, scales: Scales) -> Tensor:
     for levels, near, spectrum in _halos(tile, scales, aif):
         source = spectrum.forward(aif[(..., *near.wide)])
         for level, variance in levels:
-            spread = spectrum.inverse(source * spectrum.gaussian(variance), *near.inner)
+            transfer = spectrum.gaussian(variance)
+            spread = spectrum.inverse(source[..., : transfer.shape[1]] * transfer, *near.inner)
             spread /= spectrum.gaussian_of_ones(variance, near)
             table[level + 1] = spread.permute(1, 2, 0)
     table[0] = sum(share * level for share, level in zip(EXTRA_LEVEL, table[1:], strict=False))
