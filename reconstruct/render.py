@@ -269,7 +269,8 @@ class Spectrum:
 
     def inverse(self, spectrum: Tensor, rows: slice, columns: slice) -> Tensor:
         """These rows and columns of the image (..., h, w) with this spectrum, whose last columns may be left out."""
-        planes = torch.view_as_complex(spectrum.unflatten(-1, (-1, 2))).flatten(0, -3)
+        planes = torch.view_as_complex(spectrum.unflatten(-1, (-1, 2)))
+        planes = planes.reshape(-1, *planes.shape[-2:])
         out = spectrum.new_empty(len(planes), rows.stop - rows.start, columns.stop - columns.start)
         together = 1 if self.device.type == "cpu" else len(planes)  # one plane at a time stays in the cache
         for part, target in zip(planes.split(together), out.split(together), strict=True):
