@@ -1,4 +1,4 @@
-"""One stack's depth and all-in-focus image improved through the renderer: no training, no weights.
+"""One stack's depth and all-in-focus image improved through the renderer.
 
 Inverse depth and a free all-in-focus image descend until the rendered stack matches the captured one
 (`notes/forward-model.md` section 2). The image must be free: at the true depth, fused frames carry foreground light
@@ -18,6 +18,9 @@ moves that no gradient finds: near surfaces grown or shrunk by a few pixels. And
 beside a near object, whose blurred outline is all the detail there, depth is offered to recede to that of neighbours
 of the same colour. Each offer first gets a few steps of its own image; then every pixel takes the offer under which the
 frames around it fit best (fusion moves, Lempitsky et al. 2010, without the graph cut).
+
+In the end the moves are offered once more, and a small network that was trained on simulated scenes chooses among them
+(`settle.py`). It knows misfits and shapes, not what scenes look like.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ from reconstruct.fusion import fuse
 from reconstruct.losses import edge_aware_smoothness
 from reconstruct.plane_sweep import Photometry, quietened
 from reconstruct.render import Hidden, Model, PsfShape, continued_behind, hidden_inverse_depth, render_stack
+from reconstruct.settle import Closing, settle
 from reconstruct.smoothing import edge_aware_mean
 
 logger = logging.getLogger(__name__)
@@ -107,8 +111,9 @@ def refine(
     config: RefineConfig | None = None,
     context: Photometry | None = None,
     progress: Callable[[int, float], None] | None = None,
+    conclude: Callable[[Closing], Tensor] = settle,
 ) -> Estimate:
-    """`start` after `steps` of descent: the depth with the lowest loss, and the image fused from the frames at it.
+    """`start` after `steps` of descent: what the best state makes of its depth, and the image fused from the frames.
 
     Args:
         frames: linear focal stack, (S, 3, H, W); pixels that are not finite do not count.
@@ -121,6 +126,7 @@ def refine(
         psf: see `render_stack`; None takes what fits the frames better at the start.
         context: of the whole picture, where `frames` are a tile of it.
         progress: called with each step's number and loss.
+        conclude: chooses the depth in the end, px of blur std, (H, W).
     """
     if steps == 0:
         return start
@@ -147,7 +153,7 @@ def refine(
         [round(float(x), 4) for x in misfit.focus_dpt - focus_dpt.to(misfit.focus_dpt)],
         [round(100 * float(x), 2) for x in misfit.kappa / kappa.to(misfit.kappa) - 1],
     )
-    found = state.best()
+    found = state.best(conclude)
     # the free image follows what is left of the noise; what the frames show at the new depth does not
     aif = fuse(frames, misfit.focus_dpt, misfit.kappa, found.inverse_depth_dpt, start.std_dpt, valid=valid)
     return found._replace(aif=aif)
@@ -374,12 +380,10 @@ class _Refinement:
         chosen = depth
         root, least = self._tried(self.root, depth)
         for moved in self._offers(depth):
-            offered = moved != depth
-            if not offered.any():
+            if torch.equal(moved, depth):
                 continue
-            fused = self.misfit.fused(moved * self.dpt_per_px, self.std_dpt)
-            image, left = self._tried(torch.where(offered, root_of(fused), self.root), moved)
-            taken = offered & (left < least)
+            image, left = self._tried_offer(moved, depth)
+            taken = (moved != depth) & (left < least)
             chosen, root, least = (
                 torch.where(taken, new, old) for new, old in ((moved, chosen), (image, root), (left, least))
             )
@@ -407,9 +411,14 @@ class _Refinement:
             farther = _no_nearer(farther.T, self.price_px[1].T).T
         return torch.maximum(farther, depth_px - self.std_px)
 
-    def _tried(self, root: Tensor, depth_px: Tensor) -> tuple[Tensor, Tensor]:
+    def _tried_offer(self, moved_px: Tensor, depth_px: Tensor, window_px: int | None = None) -> tuple[Tensor, Tensor]:
+        """`_tried`, with the image fused anew where there is an offer."""
+        fused = self.misfit.fused(moved_px * self.dpt_per_px, self.std_dpt)
+        return self._tried(torch.where(moved_px != depth_px, root_of(fused), self.root), moved_px, window_px)
+
+    def _tried(self, root: Tensor, depth_px: Tensor, window_px: int | None = None) -> tuple[Tensor, Tensor]:
         """`root` fitted to this depth for a few steps, and the misfit that is left around every pixel, (H, W)."""
-        depth_dpt, window = depth_px * self.dpt_per_px, self.config.window_px
+        depth_dpt, window = depth_px * self.dpt_per_px, window_px or self.config.window_px
         if self.misfit.model == "occlusion":  # without light for what near edges hide, truth would not win beside them
             root = self.misfit.with_hidden(root.detach(), depth_dpt)
         root = self.misfit.fitted(root, depth_dpt, self.config.trial_steps)
@@ -417,12 +426,11 @@ class _Refinement:
             left = self.misfit(root, depth_dpt).mean((0, 1))
         return root[:3], functional.avg_pool2d(left[None], window, 1, window // 2, count_include_pad=False)[0]
 
-    @torch.no_grad()
-    def best(self) -> Estimate:
-        """Depth of the state with the lowest loss since the last moves, settled, and its error re-estimated."""
+    def best(self, conclude: Callable[[Closing], Tensor]) -> Estimate:
+        """What is made of the state with the lowest loss since the last moves, and its error re-estimated."""
         start = self.start
-        self._keep_if_best(float(self.loss()))
-        inverse_depth = self._settled(self.kept_px) * self.dpt_per_px
+        self._keep_if_best(float(self.loss().detach()))
+        inverse_depth = conclude(self._closing()) * self.dpt_per_px
         # a pixel that had to move far was, and may still be, less sure than its start said
         std = torch.hypot(start.std_dpt, (inverse_depth - start.inverse_depth_dpt) / 2)
         kappa = self.misfit.kappa.mean()
@@ -430,13 +438,28 @@ class _Refinement:
         confidence = start.confidence / (1 + start.confidence * wider)
         return start._replace(inverse_depth_dpt=inverse_depth, std_dpt=std, confidence=confidence)
 
-    def _settled(self, depth_px: Tensor) -> Tensor:
-        """`depth_px` pooled along surfaces, less the changes that are no larger than what noise makes of the start."""
+    def _closing(self) -> Closing:
+        """What is known of the kept depth."""
+        depth = self.kept_px
+        with torch.no_grad():
+            self.depth_px.copy_(depth)
+        _, here = self._shifted(0.0)
+        shifted = torch.stack([self._shifted(by_px)[1] for by_px in (PROBE_PX, -PROBE_PX, 1.0, -1.0)])
+        root, least = self._tried(self.root, depth, 1)
+        offers, left = [], [least]
+        for moved in self._offers(depth):
+            offers.append(moved)
+            left.append(self._tried_offer(moved, depth, 1)[1])
+        offered = torch.stack([depth, *offers])[1:]
+        return Closing(depth, *self._settled(depth), here, shifted, offered, torch.stack(left), root)
+
+    def _settled(self, depth_px: Tensor) -> tuple[Tensor, Tensor]:
+        """`depth_px` pooled along surfaces: less the changes that noise alone makes of the start, and as it is."""
         down, right = (self._links(depth_px, along) for along in (0, 1))
         pooled = edge_aware_mean(depth_px[None], down, right, self.config.reach_px**2)[0]
         start_px = self.start.inverse_depth_dpt / self.dpt_per_px
         change = pooled - start_px
-        return start_px + change * change.square() / (change.square() + NOISE_PX**2)
+        return start_px + change * change.square() / (change.square() + NOISE_PX**2), pooled
 
     def _keep_if_best(self, loss: float) -> None:
         if loss < self.lowest:

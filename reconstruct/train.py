@@ -328,7 +328,7 @@ def fit(
     scores = [entry["score"] for entry in history]
     board = _tensorboard(run) if rank == 0 else None
     saved_at = time.monotonic()
-    with _display(config.steps, start, quiet=rank != 0) as show, _in_bf16(net, device):
+    with display(config.steps, start, quiet=rank != 0) as show, _in_bf16(net, device):
         show.note(
             f"{type(net).__name__}: {task.teacher}; steps {start} to {config.steps} on {device}, {world} process(es)"
         )
@@ -580,7 +580,8 @@ class _Display:
 
 
 @contextmanager
-def _display(total: int, start: int, *, quiet: bool) -> Iterator[_Display]:
+def display(total: int, start: int, *, quiet: bool) -> Iterator[_Display]:
+    """How far steps `start` to `total` have come, said while the context lasts."""
     if quiet or not sys.stderr.isatty():
         yield _Display(total, start, None, quiet)
         return

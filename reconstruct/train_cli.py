@@ -10,6 +10,7 @@ import typer
 from capture.errors import UsageError
 
 if TYPE_CHECKING:
+    from reconstruct.settle_train import SettleRecipe
     from reconstruct.train import TrainConfig
 
 
@@ -21,7 +22,9 @@ def register(app: typer.Typer) -> None:
 def train_command(
     out: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run: states, curves, weights.")],
     stacks: Annotated[list[str] | None, typer.Argument(help="Captured stacks (.h5), folders of them, or URLs.")] = None,
-    recipe: Annotated[str | None, typer.Option(help="Train on simulated stacks instead: default.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Train on simulated stacks: default, or refinement (its last step).")
+    ] = None,
     preset: Annotated[str, typer.Option(help="default, or paper for the published network and training.")] = "default",
     init: Annotated[str, typer.Option(help="Start from: default, none, or a weights file.")] = "default",
     config: Annotated[Path | None, typer.Option(help="YAML that overrides the training configuration.")] = None,
@@ -44,10 +47,13 @@ def train_command(
         raise UsageError(f"--preset is {preset!r}; it must be default or paper")
     if recipe is None and not stacks:
         raise UsageError("name the stacks to train on, or --recipe default to train on simulated ones")
-    if recipe not in (None, "default"):
-        raise UsageError(f"--recipe is {recipe!r}; the only one is default (change it by --config)")
+    if recipe not in (None, "default", "refinement"):
+        raise UsageError(f"--recipe is {recipe!r}; it must be default or refinement (change it by --config)")
     if recipe is not None and stacks:
         raise UsageError("--recipe trains on simulated stacks; leave the captured ones out")
+    if recipe == "refinement":
+        print(_train_refinement(config, steps, out, pool or out / "pool", dry_run=dry_run))
+        return
     from reconstruct.device import pick_device
 
     files = _files(stacks or [])
@@ -64,6 +70,28 @@ def train_command(
         said = _train_on_stacks(files, out, settings, init, refine, lens, resume, device)
     if is_first_process():
         print(said)
+
+
+def _train_refinement(config: Path | None, steps: int | None, out: Path, pool: Path, *, dry_run: bool) -> str:
+    from capture.config import load_yaml
+    from reconstruct.settle_train import SettleRecipe, train_settling
+
+    settings = SettleRecipe() if config is None else load_yaml(config, SettleRecipe)
+    if steps is not None:
+        settings = settings.model_copy(update={"steps": steps})
+    return _refinement_plan(settings) if dry_run else str(train_settling(settings, out, pool))
+
+
+def _refinement_plan(settings: SettleRecipe) -> str:
+    from reconstruct.settle import SettlingNet
+
+    net = SettlingNet(settings.width, settings.members)
+    return (
+        f"network    last step of refinement, {sum(p.numel() for p in net.parameters()):,} parameters\n"
+        f"data       recipe refinement: {settings.scenes} simulated stacks, refined on all cores\n"
+        f"steps      {settings.steps} of {settings.batch} crops of {settings.crop_px} px\n"
+        f"device     cpu"
+    )
 
 
 def _settings(

@@ -542,7 +542,7 @@ def test_memory_grows_with_the_batch():
     ("arguments", "says"),
     [
         ([], "name the stacks"),
-        (["--recipe", "nonsense"], "the only one is default"),
+        (["--recipe", "nonsense"], "default or refinement"),
         (["x.h5", "--recipe", "default"], "leave the captured ones out"),
         (["x.h5", "--preset", "odd"], "default or paper"),
         (["x.h5", "--device", "cuda"], "no CUDA device"),
