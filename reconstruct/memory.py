@@ -1,7 +1,7 @@
 """Memory planned before it is used: how large a tile may be, and what to do when even the smallest does not fit.
 
 The bytes per pixel of plane sweep and network are the growth of peak resident memory of a fresh process (704 x 704 px,
-5 and 10 frames, one thread, torch 2.13 on CPU), inputs included. Those of refinement are a cautious guess.
+5 and 10 frames, one thread, torch 2.13 on CPU), inputs included. Those of refinement were found with 352 x 352 px.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from capture.errors import NoSpaceError
 # bytes per tile pixel: constant part, and per frame
 SWEEP_BYTES = (470, 175)
 NETWORK_BYTES = (1450, 100)
-REFINE_BYTES = (2500, 350)
+REFINE_BYTES = (4500, 350)
 OUTPUT_BYTES_PER_PX = 45  # depth, spread, confidence, sharp image, and what writing and the report add
 EVIDENCE_BYTES = 2 * 32 * 4  # per working pixel of a tiled picture
 FIXED_BYTES = 200_000_000
