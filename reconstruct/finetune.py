@@ -54,6 +54,7 @@ from reconstruct.plane_sweep import gather_evidence, plane_sweep, quietened
 from reconstruct.predict import TrainedNetwork, predict, wrap
 from reconstruct.refine import Misfit, refine
 from reconstruct.render import PsfShape, render_stack
+from reconstruct.settle import settle, stay
 from reconstruct.train import TrainConfig, fit, is_first_process
 
 MAPS = ("inverse_depth_dpt", "std_dpt", "confidence", "aif")
@@ -169,7 +170,9 @@ class Lesson:
                 first = predict(start, *parts, metric=stack.metric, context=context, evidence=evidence)
             misfit = Misfit(frames, focus, kappa, valid=valid)
             misfit.choose_psf(first)
-            wanted = refine(frames, focus, kappa, first, steps=refine_steps, valid=valid, psf=misfit.psf)
+            conclude = stay if start is None else settle  # from nothing means without anything learned elsewhere
+            more = {"valid": valid, "psf": misfit.psf, "conclude": conclude}
+            wanted = refine(frames, focus, kappa, first, steps=refine_steps, **more)  # type: ignore[arg-type]
             maps, psf = {name: getattr(wanted, name).cpu() for name in MAPS}, misfit.psf
             if refined is not None:
                 save_weights(refined, maps, {"psf": psf})

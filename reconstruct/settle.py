@@ -121,9 +121,14 @@ def settle(closing: Closing) -> Tensor:
     Where other moves were offered than it learned to judge, the depth stays.
     """
     if len(closing.offers_px) != OFFERS:
-        return closing.settled_px
+        return stay(closing)
     net = _shipped(closing.depth_px.device)
     return net(closing.signs()[None], closing.candidates_px()[None])[0]
+
+
+def stay(closing: Closing) -> Tensor:
+    """The depth where the descent ended, noise taken back: nothing learned, for whoever must not use it."""
+    return closing.settled_px
 
 
 @lru_cache(maxsize=1)

@@ -18,14 +18,14 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from reconstruct.checkpoint import load_weights, save_weights
 from reconstruct.dataset import PHOTOGRAPHS, render_scene, training_stack
 from reconstruct.predict import load_network, predict
 from reconstruct.refine import refine
-from reconstruct.settle import Closing, SettlingNet
+from reconstruct.settle import Closing, SettlingNet, stay
 from reconstruct.train import display
 
 FRAMES, FRAMES_SHARE = (3, 4, 5, 6, 7), (0.14, 0.2, 0.42, 0.14, 0.1)
@@ -53,6 +53,14 @@ class SettleRecipe(BaseModel):
     ema_decay: float = Field(0.998, ge=0, lt=1)
     width: int = Field(16, ge=1)
     members: int = Field(3, ge=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> SettleRecipe:
+        if self.scenes <= self.held_out:
+            raise ValueError(f"scenes ({self.scenes}) must be more than held_out ({self.held_out})")
+        if not self.crop_px <= self.stack_px <= self.scene_px:
+            raise ValueError("crop_px must be at most stack_px, and that at most scene_px")
+        return self
 
 
 class Ending(NamedTuple):
@@ -86,7 +94,7 @@ def refined_stack(recipe: SettleRecipe, pool: Path, index: int) -> Path:
 
     def keep(closing: Closing) -> Tensor:
         ends.append(closing)
-        return closing.settled_px
+        return stay(closing)
 
     refine(frames, focus, kappa, start, steps=recipe.refine_steps, conclude=keep)
     px_per_dpt = kappa.abs().mean() / 4

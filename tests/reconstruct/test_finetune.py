@@ -18,6 +18,7 @@ from reconstruct import finetune
 from reconstruct.dataset import CapturedStack
 from reconstruct.finetune import Lesson, reliably_lower, withheld_error
 from reconstruct.predict import load_network
+from reconstruct.settle import settle, stay
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +75,22 @@ def test_a_fine_tuned_network_keeps_a_share_of_its_start():
     kept, before = finetune._tempered(start, learned), start.net.state_dict()
     assert all(torch.allclose(new, before[name] + finetune.KEPT_CHANGE) for name, new in kept.state_dict().items())
     assert all(torch.allclose(learned.state_dict()[name], before[name] + 1) for name in before)  # goes on learning
+
+
+@pytest.mark.parametrize(("start", "end"), [("default", settle), (None, stay)])
+def test_nothing_learned_elsewhere_teaches_a_network_that_starts_from_nothing(
+    captured, tmp_path, monkeypatch, start, end
+):
+    network = start and load_network(start, torch.device("cpu"))
+    ends = []
+
+    def told(frames, focus, kappa, first, *, conclude, **_):
+        ends.append(conclude)
+        return first
+
+    monkeypatch.setattr(finetune, "refine", told)
+    finetune.prepare_lessons([captured[0]], network, 1, torch.device("cpu"), tmp_path)
+    assert ends == [end]
 
 
 def test_processes_share_the_refining(captured, tmp_path, monkeypatch):

@@ -144,3 +144,16 @@ def test_shipped_weights_say_how_they_came_about():
     _, about = load_weights(WEIGHTS, "settle")
     assert about["recipe"] == SettleRecipe().model_dump()
     assert about["validation"]["chosen_to_start"] < about["validation"]["refined_to_start"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"), [({"scenes": 12}, "more than held_out"), ({"crop_px": 150}, "at most stack_px")]
+)
+def test_a_recipe_that_cannot_be_followed_is_one_sentence(tmp_path, wrong, says):
+    settings = tmp_path / "wrong.yaml"
+    settings.write_text("\n".join(f"{name}: {value}" for name, value in wrong.items()))
+    options = ["train", "--recipe", "refinement", "--config", str(settings), "-o", str(tmp_path / "run")]
+    result = CliRunner().invoke(app, options)
+    assert result.exit_code == 2
+    assert says in str(result.exception)
+    assert "\n" not in str(result.exception)
