@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from capture.errors import DataError
+from capture.errors import DataError, UsageError
 from reconstruct.checkpoint import DEFAULT_WEIGHTS, load_weights
 from reconstruct.cli import app
 from reconstruct.refine import RefineConfig, refine
@@ -154,6 +154,6 @@ def test_a_recipe_that_cannot_be_followed_is_one_sentence(tmp_path, wrong, says)
     settings.write_text("\n".join(f"{name}: {value}" for name, value in wrong.items()))
     options = ["train", "--recipe", "refinement", "--config", str(settings), "-o", str(tmp_path / "run")]
     result = CliRunner().invoke(app, options)
-    assert result.exit_code == 2
+    assert isinstance(result.exception, UsageError)
     assert says in str(result.exception)
     assert "\n" not in str(result.exception)
