@@ -434,6 +434,12 @@ def training_stack(
     return orient(image), focus, scene.kappa[chosen], orient(inverse), orient(aif)
 
 
+def turned(x: Tensor, turns: int, mirrored: bool) -> Tensor:
+    """`x` (..., H, W) after that many quarter turns, then mirrored or not."""
+    x = torch.rot90(x, turns, (-2, -1))
+    return x.flip(-1) if mirrored else x
+
+
 class SimulatedBatches:
     """Batches of simulated stacks; `batch(step)` is a pure function of (seed, step).
 

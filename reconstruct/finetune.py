@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from capture.errors import DataError
 from capture.lens import coc_diameter_px
 from reconstruct.checkpoint import load_weights, save_weights
-from reconstruct.dataset import CapturedStack, StackBatch, kept, kept_prior, taken_again
+from reconstruct.dataset import CapturedStack, StackBatch, kept, kept_prior, taken_again, turned
 from reconstruct.denoise import root_of
 from reconstruct.device import own_share
 from reconstruct.estimate import Estimate
@@ -301,8 +301,7 @@ class DistilTask:
             taken.append(lesson)
             maps = (lesson.quiet, wanted.inverse_depth_dpt[None], *(x[0] for x in lesson.prior[:-1]))
             for taken_so_far, x in zip(crops, maps, strict=True):
-                crop = torch.rot90(x[window], turn, (-2, -1)).float()
-                taken_so_far.append(crop.flip(-1) if mirror else crop)
+                taken_so_far.append(turned(x[window], turn, mirror).float())
         frames, depth, *swept = map(torch.stack, crops)
         focus, kappa = (torch.stack([getattr(x.stack, name) for x in taken]) for name in ("focus_dpt", "kappa"))
         brightness = torch.cat([lesson.prior.brightness for lesson in taken])

@@ -93,7 +93,7 @@ class SettlingNet(nn.Module):
 
 
 class _Member(nn.Module):
-    """Shares of the candidates, and a bounded change beyond them; a receptive field of 23 pixels at full size."""
+    """Shares of the candidates, and a bounded change beyond them; they look 10 pixels far at full size."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -22,11 +22,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from reconstruct.checkpoint import load_weights, save_weights
-from reconstruct.dataset import PHOTOGRAPHS, render_scene, training_stack
+from reconstruct.dataset import PHOTOGRAPHS, render_scene, training_stack, turned
 from reconstruct.predict import load_network, predict
 from reconstruct.refine import refine
 from reconstruct.settle import Closing, SettlingNet, stay
-from reconstruct.train import display
+from reconstruct.train import Average, display
 
 FRAMES, FRAMES_SHARE = (3, 4, 5, 6, 7), (0.14, 0.2, 0.42, 0.14, 0.1)
 LOG_EVERY = 20
@@ -118,7 +118,7 @@ def train_settling(recipe: SettleRecipe, run: Path, pool: Path) -> Path:
     torch.manual_seed(recipe.seed)
     net = SettlingNet(recipe.width, recipe.members)
     optimizer = torch.optim.AdamW(net.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay)
-    average = {name: x.clone() for name, x in net.state_dict().items()}
+    average = Average(net, recipe.ema_decay)
     rng = np.random.default_rng([recipe.seed, 6])
     with display(recipe.steps, 0, quiet=False) as show:
         for step in range(recipe.steps):
@@ -134,12 +134,9 @@ def train_settling(recipe: SettleRecipe, run: Path, pool: Path) -> Path:
             loss.backward()
             nn.utils.clip_grad_norm_(net.parameters(), 1.0)
             optimizer.step()
-            decay = min(recipe.ema_decay, (1 + step) / (10 + step))
-            with torch.no_grad():
-                for name, x in net.state_dict().items():
-                    average[name].lerp_(x, 1 - decay)
+            average.update(net, step)
             show.step(step + 1, {"error": float(loss.detach())}, recipe.batch, log=(step + 1) % LOG_EVERY == 0)
-    net.load_state_dict(average)
+    net.load_state_dict(average.tensors)
     about = {
         "preset": "settle",
         "teacher": "supervised by simulated truth; no captured stack, no photograph with depth",
@@ -148,7 +145,7 @@ def train_settling(recipe: SettleRecipe, run: Path, pool: Path) -> Path:
         "recipe": recipe.model_dump(),
         "validation": validate(net, held_out),
     }
-    save_weights(run / "settle.safetensors", average, about)
+    save_weights(run / "settle.safetensors", average.tensors, about)
     return run / "settle.safetensors"
 
 
@@ -183,7 +180,6 @@ def _batch(endings: Sequence[Ending], rng: np.random.Generator, recipe: SettleRe
         turns, mirrored = int(rng.integers(4)), rng.random() < 0.5
         maps = []
         for x in ending[:3]:
-            part = torch.rot90(x[..., top : top + recipe.crop_px, left : left + recipe.crop_px], turns, (-2, -1))
-            maps.append(part.flip(-1) if mirrored else part)
+            maps.append(turned(x[..., top : top + recipe.crop_px, left : left + recipe.crop_px], turns, mirrored))
         crops.append([*maps, torch.tensor(ending.start_error_px + LEAST_ERROR_PX)])
     return [torch.stack(x) for x in zip(*crops, strict=True)]

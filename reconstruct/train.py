@@ -269,7 +269,7 @@ def calibrate_spread(model: nn.Module, batches: list[StackBatch]) -> dict[str, f
 # -------------------------------------------------------------------------------------------------------- the loop
 
 
-class _Average:
+class Average:
     """Exponential moving average of the weights; its horizon grows with the step, up to 1 / (1 - decay)."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -322,7 +322,7 @@ def fit(
     fused = device.type in ("cpu", "cuda")
     decay = config.weight_decay
     optimizer = torch.optim.AdamW(net.parameters(), config.learning_rate, weight_decay=decay, fused=fused)
-    average = _Average(net, config.ema_decay)
+    average = Average(net, config.ema_decay)
     start, history, best = _resume(net, optimizer, average, config, run, resume)
     model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
     scores = [entry["score"] for entry in history]
@@ -471,7 +471,7 @@ def _join_processes(device: torch.device) -> tuple[int, int]:
 
 
 def _resume(
-    net: nn.Module, optimizer: torch.optim.Optimizer, average: _Average, config: TrainConfig, run: Path, resume: bool
+    net: nn.Module, optimizer: torch.optim.Optimizer, average: Average, config: TrainConfig, run: Path, resume: bool
 ) -> tuple[int, list[dict[str, Any]], dict[str, Tensor]]:
     """Put the newest state of `run` into place; (next step, validation history so far, best weights so far)."""
     state = latest_state(run)
@@ -526,7 +526,7 @@ def _check_finite(terms: Any, step: int, run: Path) -> None:
 
 
 def _validate_average(
-    net: DefaultNet | PaperNet, average: _Average, task: Task, board: Any, done: int
+    net: DefaultNet | PaperNet, average: Average, task: Task, board: Any, done: int
 ) -> dict[str, float]:
     shown = build("paper" if isinstance(net, PaperNet) else "default").to(next(net.parameters()).device)
     shown.load_state_dict(average.tensors)

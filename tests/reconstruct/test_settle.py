@@ -61,7 +61,7 @@ def closing_of(path: Path) -> Closing:
 
 
 def test_sees_misfits_relative_to_the_picture_s_own(ending):
-    """A picture twice as bright in its root, or twice as noisy, is judged alike."""
+    """A picture whose misfits are all twice as large is judged alike."""
     closing = closing_of(ending)
     assert closing.signs().shape == (SIGNS, TINY.stack_px, TINY.stack_px)
     louder = closing._replace(here=closing.here * 2, shifted=closing.shifted * 2, left=closing.left * 2)
