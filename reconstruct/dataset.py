@@ -31,15 +31,14 @@ from torch import Tensor
 from capture.alignment import align_stack
 from capture.errors import DataError
 from capture.lens import LensProfile
-from capture.optics import ApertureRenderer, Psf, Quality, expose
+from capture.optics import ApertureRenderer, Psf, Quality
 from capture.scenes import Scene, srgb_to_linear
 from capture.stack import FocalStack
 from reconstruct import remote, result
 from reconstruct.device import own_share
-from reconstruct.estimate import Estimate
 from reconstruct.network import Prior
 from reconstruct.optics import optics_of
-from reconstruct.plane_sweep import pixel_noise, quietened
+from reconstruct.plane_sweep import quietened
 
 PHOTOGRAPHS = (
     "astronaut",
@@ -56,7 +55,6 @@ PHOTOGRAPHS = (
 )
 SWEEP = 13  # frames rendered of each scene; every training stack is a choice among them
 FAR_DPT, NEAR_DPT = 0.5, 1.5  # the sweep of every simulated scene
-ALTERED_BEYOND_PX = 1.5  # of CoC: how far outside the sweep a scene that is taken again may reach
 
 
 @dataclass(frozen=True)
@@ -499,47 +497,6 @@ class CapturedStack:
             focus_dpt=self.focus_dpt[keep],
             kappa=self.kappa[keep],
         )
-
-
-def taken_again(
-    stack: CapturedStack, seen: Estimate, psf: Psf, rng: np.random.Generator, *, altered: bool
-) -> tuple[CapturedStack, Estimate]:
-    """The scene that `seen` shows, taken again by a simulated camera with the lens and the noise of `stack`.
-
-    What is wrong about `seen` is a property of that scene: its depth is the exact truth of the new frames.
-
-    Args:
-        seen: depth and all-in-focus image of `stack`.
-        psf: shape of the lens's blur.
-        rng: draws the noise and the change.
-        altered: whether depths are changed, so that the same texture is seen under other blur: by up to 20 % of
-            their differences and 12 % of the swept range.
-
-    Returns:
-        The stack, and `seen` with its depth.
-    """
-    focus, kappa = (np.asarray(x, np.float64) for x in (stack.focus_dpt, stack.kappa))
-    depth = seen.inverse_depth_dpt.double().numpy()
-    if altered:
-        middle = float(np.median(depth))
-        depth = middle + (depth - middle) * rng.uniform(0.8, 1.2) + rng.uniform(-0.12, 0.12) * np.ptp(focus)
-    beyond = ALTERED_BEYOND_PX / float(kappa.mean())
-    depth = depth.clip(focus.min() - beyond, focus.max() + beyond)
-    near_enough = 1.0 - depth.min()  # only differences blur, and a depth in metres must be positive
-    image = seen.aif.permute(1, 2, 0).nan_to_num().clamp(0, 1).numpy()
-    scene = Scene(np.ascontiguousarray(image), (1 / (depth + near_enough)).astype(np.float32), stack.name)
-    renderer = ApertureRenderer(scene, float(kappa.max()))
-    _, grain = pixel_noise(stack.frames, stack.valid)
-    frames = [
-        expose(renderer.frame(q + near_enough, k, psf=psf, quality="fast"), rng, float(grain.sqrt()), None)
-        for q, k in zip(focus.tolist(), kappa.tolist(), strict=True)
-    ]
-    again = replace(
-        stack,
-        frames=torch.from_numpy(np.ascontiguousarray(np.stack(frames).transpose(0, 3, 1, 2))),
-        valid=torch.ones_like(stack.valid),
-    )
-    return again, seen._replace(inverse_depth_dpt=torch.from_numpy(depth.astype(np.float32)))
 
 
 def kept_prior(prior: Prior, folder: Path) -> Prior:

@@ -1,10 +1,13 @@
 """Learning from captured stacks, with nothing but the stacks themselves as teacher.
 
 On site, a handful of stacks: *refine, then distil*. Each stack's depth is first improved through the renderer
-(`reconstruct/refine.py`), then the network learns the refined maps. Those are not the truth of the captured frames, but
-they are the truth of what a simulated camera sees of the refined scene: so it learns from such retakes too, of the
-place's own textures under its own lens and noise. Direct photometric fine-tuning gains next to nothing
+(`reconstruct/refine.py`), then the network learns the refined maps, and retakes of the refined scenes and of mixtures
+of them (`reconstruct/retake.py`), whose depth is exact. Direct photometric fine-tuning gains next to nothing
 (notes/forward-model.md section 3).
+
+The fewer the stacks, the more of the crops are of mixtures: three stacks of a place are soon learned by heart, and what
+is learned then harms what they did not show (three places, the unseen quarter: mean error 0.88 of the start with
+mixtures, 1.01 without).
 
 To judge that, one frame of every stack is withheld from refinement and training alike. How well it is predicted, by
 blurring an all-in-focus image through the predicted depth, decides whether the adapted network is better than its
@@ -44,7 +47,7 @@ from torch import Tensor, nn
 from capture.errors import DataError
 from capture.lens import coc_diameter_px
 from reconstruct.checkpoint import load_weights, save_weights
-from reconstruct.dataset import CapturedStack, StackBatch, kept, kept_prior, taken_again, turned
+from reconstruct.dataset import CapturedStack, StackBatch, kept, kept_prior, turned
 from reconstruct.denoise import root_of
 from reconstruct.device import own_share
 from reconstruct.estimate import Estimate
@@ -54,6 +57,7 @@ from reconstruct.plane_sweep import gather_evidence, plane_sweep, quietened
 from reconstruct.predict import TrainedNetwork, predict, wrap
 from reconstruct.refine import Misfit, refine
 from reconstruct.render import PsfShape, render_stack
+from reconstruct.retake import altered, mixed, taken_again, within_sweep
 from reconstruct.settle import settle, stay
 from reconstruct.train import TrainConfig, fit, is_first_process
 
@@ -76,6 +80,8 @@ FINETUNE = TrainConfig(
 STEPS_PER_STACK = 300  # few stacks are soon learned by heart
 RETAKES = 3  # of every stack
 DRAWN = 2  # how often a stack itself is drawn for each of its retakes' once
+MIXTURES = 16  # of every stack, scenes made of two
+VARIED = 8  # so many stacks need no mixtures, which cost ten of them 3 points of what they gained
 IMAGE_STEPS = 8  # of the image that predicts a withheld frame
 KEPT_CHANGE = 0.75  # of the learned change of weights: most of its gain and half of its harm elsewhere
 IMAGE_HEAD = ("sharp", "sharp_gain", "touch")  # parts of `DefaultNet` that only its image depends on
@@ -184,17 +190,38 @@ class Lesson:
         wanted = Estimate(**maps, metric=stack.metric)
         return cls(stack, kept(quiet, folder), kept_prior(prior, folder), wanted, full, withheld, psf)
 
-    def retakes(self, seed: Sequence[int], device: torch.device, folder: Path) -> list[Lesson]:
-        """What the network should say about the same scene taken again; the first time as it is, then altered."""
-        lessons = []
-        for i in range(RETAKES):
-            rng = np.random.default_rng([*seed, i])
-            stack, wanted = taken_again(self.stack, self.wanted, self.psf, rng, altered=i > 0)
-            frames, *optics = (x.to(device) for x in (stack.frames, stack.focus_dpt, stack.kappa))
-            quiet, context = quietened(frames)
-            prior = kept_prior(sweep_prior(quiet, *optics, context=context), folder)
-            lessons.append(Lesson(stack, kept(quiet, folder), prior, wanted, stack, -1, self.psf, exact=True))
-        return lessons
+    def taken_again(self, seen: Estimate, rng: np.random.Generator, device: torch.device, folder: Path) -> Lesson:
+        """The lesson that a scene, as `seen`, is to whoever takes it with this stack's camera."""
+        seen = within_sweep(seen, self.stack)
+        stack = taken_again(self.stack, seen, self.psf, rng)
+        frames, *optics = (x.to(device) for x in (stack.frames, stack.focus_dpt, stack.kappa))
+        quiet, context = quietened(frames)
+        prior = kept_prior(sweep_prior(quiet, *optics, context=context), folder)
+        return Lesson(stack, kept(quiet, folder), prior, seen, stack, -1, self.psf, exact=True)
+
+
+def retakes(lesson: Lesson, seed: Sequence[int], device: torch.device, folder: Path) -> list[Lesson]:
+    """The scene of `lesson` taken again; the first time as it is, then at other depths."""
+    taken = []
+    for i in range(RETAKES):
+        rng = np.random.default_rng([*seed, i])
+        seen = altered(lesson.wanted, lesson.stack, rng) if i > 0 else lesson.wanted
+        taken.append(lesson.taken_again(seen, rng, device, folder))
+    return taken
+
+
+def mixtures(
+    lesson: Lesson, lessons: Sequence[Lesson], seed: Sequence[int], device: torch.device, folder: Path
+) -> list[Lesson]:
+    """The scene of `lesson` with near parts of any of `lessons` before it."""
+    taken = []
+    for i in range(MIXTURES):
+        rng = np.random.default_rng([*seed, i])
+        other = lessons[int(rng.integers(len(lessons)))]
+        ratio = float(other.stack.kappa.mean() / lesson.stack.kappa.mean())
+        seen = mixed(lesson.wanted, lesson.stack, other.wanted, ratio, rng)
+        taken.append(lesson.taken_again(altered(seen, lesson.stack, rng), rng, device, folder))
+    return taken
 
 
 def prepare_lessons(
@@ -279,18 +306,26 @@ class DistilTask:
         self.crop = min(config.crop_px, smallest // 16 * 16)
         if self.crop < 32:
             raise DataError(f"the smallest stack is {smallest} px on its short side; training needs at least 32")
-        retakes = [x.retakes([config.seed, 6, i], device, folder) for i, x in enumerate(self.lessons)]
-        self.drawn = [*self.lessons * DRAWN, *itertools.chain(*retakes)]
+        again = [retakes(x, [config.seed, 6, i], device, folder) for i, x in enumerate(self.lessons)]
+        self.drawn = [*self.lessons * DRAWN, *itertools.chain(*again)]
+        self.mixed_share, self.mixed = max(0.0, 1 - len(self.lessons) / VARIED), list[Lesson]()
+        if self.mixed_share:
+            for i, lesson in enumerate(self.lessons):
+                self.mixed += mixtures(lesson, self.lessons, [config.seed, 7, i], device, folder)
 
     def batch(self, step: int, part: int = 0, parts: int = 1) -> StackBatch:
         """Random crops of stacks with as many frames as the first that was drawn; mirrored and turned."""
         rng = np.random.default_rng([self.config.seed, 4, step])
         first = self.drawn[int(rng.integers(len(self.drawn)))]
-        alike = [lesson for lesson in self.drawn if len(lesson.stack.frames) == len(first.stack.frames)]
+        alike, mixed_alike = (
+            [lesson for lesson in group if len(lesson.stack.frames) == len(first.stack.frames)]
+            for group in (self.drawn, self.mixed)
+        )
         taken: list[Lesson] = []
         crops: list[list[Tensor]] = [[] for _ in range(1 + len(first.prior))]  # frames, depth, prior but its brightness
         for place in range(self.config.batch):
-            lesson = alike[int(rng.integers(len(alike)))]
+            group = mixed_alike if self.mixed and rng.random() < self.mixed_share else alike
+            lesson = group[int(rng.integers(len(group)))]
             stack, wanted = lesson.stack, lesson.wanted
             height, width = stack.frames.shape[-2:]
             top, left = int(rng.integers(height - self.crop + 1)), int(rng.integers(width - self.crop + 1))

@@ -6,7 +6,7 @@ import os
 import platform
 import threading
 import time
-from dataclasses import fields, replace
+from dataclasses import fields
 
 import fsspec
 import numpy as np
@@ -14,25 +14,20 @@ import pytest
 import torch
 
 from capture.lens import Lens
-from capture.optics import Condition, simulate_sweep, sweep_for_scene
-from capture.scenes import procedural_scene
 from capture.stack import write_stack
 from reconstruct import dataset
 from reconstruct.dataset import (
     FAR_DPT,
     NEAR_DPT,
     SWEEP,
-    CapturedStack,
     ScenePool,
     SimulatedBatches,
     choose_frames,
     load_captured,
     procedural_training_scene,
     render_scene,
-    taken_again,
     training_stack,
 )
-from reconstruct.estimate import Estimate
 
 
 @pytest.fixture(scope="module")
@@ -173,52 +168,3 @@ def test_captured_stack_without_a_frame(stack_file):
     assert len(less.frames) == len(stack.frames) - 1 == len(less.kappa) == len(less.valid)
     assert torch.equal(less.frames[1], stack.frames[2])
     assert less.metric
-
-
-@pytest.fixture(scope="module")
-def taken():
-    """Noisy and noiseless sweep of one scene, and the truth."""
-    scene = procedural_scene(3, 72, 96)
-    stacks = []
-    for noise_std in (0.02, 0.0):
-        camera = Condition(psf="gaussian", noise_std=noise_std, bits=16)
-        sweep = simulate_sweep(scene, *sweep_for_scene(scene, 5, 12.0), camera)
-        frames = torch.from_numpy(np.ascontiguousarray(sweep.linear().transpose(0, 3, 1, 2)))
-        focus, kappa = (torch.tensor(x, dtype=torch.float32) for x in (sweep.focus_dpt, sweep.kappa_px_per_dpt))
-        stacks.append(CapturedStack("scene", frames, torch.ones(5, 72, 96, dtype=torch.bool), focus, kappa, True))
-    depth, image = torch.from_numpy(1 / scene.depth_m), torch.from_numpy(scene.aif.transpose(2, 0, 1).copy())
-    return *stacks, Estimate(depth, torch.zeros(72, 96), torch.ones(72, 96), image)
-
-
-def again(stack, seen, *, altered=False):
-    return taken_again(stack, seen, "gaussian", np.random.default_rng(1), altered=altered)
-
-
-def test_a_scene_taken_again_looks_the_same(taken):
-    """From the truth: the same light, and as much noise."""
-    noisy, quiet, truth = taken
-    retake, seen = again(quiet, truth)
-    assert torch.allclose(seen.inverse_depth_dpt, truth.inverse_depth_dpt, atol=1e-4)
-    assert (retake.frames - quiet.frames).abs().mean() < 0.1 * quiet.frames.std()
-    retake, _ = again(noisy, truth)
-    difference = (retake.frames - noisy.frames) / (noisy.frames.clamp_min(0) + 0.01).sqrt()
-    usual = float(difference.abs().median()) / 0.6745 / 2**0.5  # each of the two has its own noise
-    assert usual == pytest.approx(0.02, rel=0.25)
-
-
-def test_a_scene_taken_again_may_be_altered_and_says_how(taken):
-    _, quiet, truth = taken
-    plain, _ = again(quiet, truth)
-    other, seen = again(quiet, truth, altered=True)
-    assert ((seen.inverse_depth_dpt - truth.inverse_depth_dpt).abs() * quiet.kappa.mean()).max() > 0.5
-    told, _ = again(quiet, seen)
-    off, changed = (float((x.frames - other.frames).square().mean().sqrt()) for x in (told, plain))
-    assert off < changed / 2, (off, changed)
-
-
-def test_an_uncalibrated_scene_is_taken_again(taken):
-    """Its foci are anywhere, below zero too; only differences blur."""
-    _, quiet, truth = taken
-    relative = replace(quiet, focus_dpt=quiet.focus_dpt - 9.0, metric=False)
-    shifted = truth._replace(inverse_depth_dpt=truth.inverse_depth_dpt - 9.0)
-    assert torch.allclose(again(relative, shifted)[0].frames, again(quiet, truth)[0].frames, atol=1e-3)

@@ -124,3 +124,17 @@ def test_processes_share_the_refining(captured, tmp_path, monkeypatch):
         assert all(torch.equal(getattr(one.wanted, name), getattr(two.wanted, name)) for name in finetune.MAPS)
     assert [lesson.wanted.metric for lesson in prepare()] == [True, True]
     assert refined == [3, 4]  # not again after a restart
+
+
+def test_the_fewer_the_stacks_the_more_is_learned_from_mixtures(captured, tmp_path):
+    """None of many stacks, which vary enough; most of one alone. Every stack gets its own and they are all exact."""
+    first = Lesson.prepare(captured[0], None, 0, torch.device("cpu"), tmp_path)
+    shares = {}
+    for count in (1, 3, finetune.VARIED):
+        task = finetune.DistilTask([first] * count, finetune.FINETUNE, torch.device("cpu"), tmp_path)
+        assert len(task.mixed) == (count < finetune.VARIED) * count * finetune.MIXTURES
+        assert all(lesson.exact for lesson in task.mixed)
+        drawn = [task.batch(step).exact.mean().item() for step in range(200)]
+        shares[count] = 1 - np.mean(drawn)  # of crops from the stacks themselves
+    expected = {count: 0.4 * count / finetune.VARIED for count in shares}  # 2 of 5 where nothing is mixed
+    assert shares == pytest.approx(expected, abs=0.05)
