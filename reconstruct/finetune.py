@@ -57,7 +57,7 @@ from reconstruct.plane_sweep import gather_evidence, plane_sweep, quietened
 from reconstruct.predict import TrainedNetwork, predict, wrap
 from reconstruct.refine import Misfit, refine
 from reconstruct.render import PsfShape, render_stack
-from reconstruct.retake import altered, mixed, taken_again, within_sweep
+from reconstruct.retake import altered, mixed, part_of, taken_again, within_sweep
 from reconstruct.settle import settle, stay
 from reconstruct.train import TrainConfig, fit, is_first_process
 
@@ -81,6 +81,7 @@ STEPS_PER_STACK = 300  # few stacks are soon learned by heart
 RETAKES = 3  # of every stack
 DRAWN = 2  # how often a stack itself is drawn for each of its retakes' once
 MIXTURES = 16  # of every stack, scenes made of two
+MIXTURE_PX = 320  # longest side of those; they are cropped for learning anyway
 VARIED = 8  # so many stacks need no mixtures, which cost ten of them 3 points of what they gained
 IMAGE_STEPS = 8  # of the image that predicts a withheld frame
 KEPT_CHANGE = 0.75  # of the learned change of weights: most of its gain and half of its harm elsewhere
@@ -193,10 +194,12 @@ class Lesson:
     def taken_again(self, seen: Estimate, rng: np.random.Generator, device: torch.device, folder: Path) -> Lesson:
         """The lesson that a scene, as `seen`, is to whoever takes it with this stack's camera."""
         seen = within_sweep(seen, self.stack)
+        seen = seen._replace(aif=kept(seen.aif, folder))
         stack = taken_again(self.stack, seen, self.psf, rng)
         frames, *optics = (x.to(device) for x in (stack.frames, stack.focus_dpt, stack.kappa))
         quiet, context = quietened(frames)
         prior = kept_prior(sweep_prior(quiet, *optics, context=context), folder)
+        stack = replace(stack, frames=kept(stack.frames, folder))
         return Lesson(stack, kept(quiet, folder), prior, seen, stack, -1, self.psf, exact=True)
 
 
@@ -219,7 +222,7 @@ def mixtures(
         rng = np.random.default_rng([*seed, i])
         other = lessons[int(rng.integers(len(lessons)))]
         ratio = float(other.stack.kappa.mean() / lesson.stack.kappa.mean())
-        seen = mixed(lesson.wanted, lesson.stack, other.wanted, ratio, rng)
+        seen = mixed(part_of(lesson.wanted, MIXTURE_PX, rng), lesson.stack, other.wanted, ratio, rng)
         taken.append(lesson.taken_again(altered(seen, lesson.stack, rng), rng, device, folder))
     return taken
 

@@ -46,7 +46,7 @@ def taken_again(stack: CapturedStack, seen: Estimate, psf: Psf, rng: np.random.G
     return replace(
         stack,
         frames=torch.from_numpy(np.ascontiguousarray(np.stack(frames).transpose(0, 3, 1, 2))),
-        valid=torch.ones_like(stack.valid),
+        valid=torch.tensor(True).expand(len(frames), *depth.shape),
     )
 
 
@@ -55,6 +55,14 @@ def within_sweep(seen: Estimate, stack: CapturedStack) -> Estimate:
     beyond = BEYOND_PX / float(stack.kappa.mean())
     nearest, farthest = float(stack.focus_dpt.max()) + beyond, float(stack.focus_dpt.min()) - beyond
     return seen._replace(inverse_depth_dpt=seen.inverse_depth_dpt.clamp(farthest, nearest))
+
+
+def part_of(seen: Estimate, side_px: int, rng: np.random.Generator) -> Estimate:
+    """A part of `seen`, at most so many pixels wide and high."""
+    first = [int(rng.integers(max(length - side_px, 0) + 1)) for length in seen.inverse_depth_dpt.shape]
+    rows, cols = (slice(start, start + side_px) for start in first)
+    depth, std, confidence = (x[rows, cols] for x in (seen.inverse_depth_dpt, seen.std_dpt, seen.confidence))
+    return Estimate(depth, std, confidence, seen.aif[:, rows, cols], seen.metric)
 
 
 def altered(seen: Estimate, stack: CapturedStack, rng: np.random.Generator) -> Estimate:

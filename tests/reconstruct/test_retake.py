@@ -13,7 +13,7 @@ from capture.scenes import procedural_scene
 from reconstruct.dataset import CapturedStack
 from reconstruct.estimate import Estimate
 from reconstruct.plane_sweep import plane_sweep
-from reconstruct.retake import altered, mixed, taken_again, within_sweep
+from reconstruct.retake import altered, mixed, part_of, taken_again, within_sweep
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +110,15 @@ def test_parts_keep_their_blur(taken, other):
         depth = mixed(far, stack, other, ratio, np.random.default_rng(3)).inverse_depth_dpt
         reliefs.append(float(depth.max() - depth[depth > -99].min()))
     assert reliefs[1] == pytest.approx(2 * reliefs[0], rel=1e-4)
+
+
+def test_a_part_is_of_one_place_in_all_maps(taken):
+    _, stack, seen = taken
+    part = part_of(seen, 40, np.random.default_rng(2))
+    (top,), (left,) = np.nonzero(np.array((seen.inverse_depth_dpt == part.inverse_depth_dpt[0, 0]).numpy()))
+    assert torch.equal(part.inverse_depth_dpt, seen.inverse_depth_dpt[top : top + 40, left : left + 40])
+    assert torch.equal(part.aif, seen.aif[:, top : top + 40, left : left + 40])
+    assert part_of(seen, 80, np.random.default_rng(2)).aif.shape == (3, 72, 80)
+    retake = again(stack, part)
+    assert retake.frames.shape == (5, 3, 40, 40)
+    assert retake.valid.shape == (5, 40, 40)
