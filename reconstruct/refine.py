@@ -39,7 +39,7 @@ from reconstruct.fusion import fuse
 from reconstruct.losses import edge_aware_smoothness
 from reconstruct.plane_sweep import Photometry, quietened
 from reconstruct.render import Hidden, Model, PsfShape, continued_behind, hidden_inverse_depth, render_stack
-from reconstruct.settle import Closing, settle
+from reconstruct.settle import Closing, Settled, settle, stay
 from reconstruct.smoothing import edge_aware_mean
 
 logger = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ def refine(
     config: RefineConfig | None = None,
     context: Photometry | None = None,
     progress: Callable[[int, float], None] | None = None,
-    conclude: Callable[[Closing], Tensor] = settle,
+    conclude: Callable[[Closing], Settled] = settle,
 ) -> Estimate:
     """`start` after `steps` of descent: what the best state makes of its depth, and the image fused from the frames.
 
@@ -126,7 +126,7 @@ def refine(
         psf: see `render_stack`; None takes what fits the frames better at the start.
         context: of the whole picture, where `frames` are a tile of it.
         progress: called with each step's number and loss.
-        conclude: chooses the depth in the end, px of blur std, (H, W).
+        conclude: chooses the depth in the end and says how sure it is.
     """
     if steps == 0:
         return start
@@ -426,20 +426,16 @@ class _Refinement:
             left = self.misfit(root, depth_dpt).mean((0, 1))
         return root[:3], functional.avg_pool2d(left[None], window, 1, window // 2, count_include_pad=False)[0]
 
-    def best(self, conclude: Callable[[Closing], Tensor]) -> Estimate:
-        """What is made of the state with the lowest loss since the last moves, and its error re-estimated."""
-        start = self.start
+    def best(self, conclude: Callable[[Closing], Settled]) -> Estimate:
+        """What is made of the state with the lowest loss since the last moves."""
         self._keep_if_best(float(self.loss().detach()))
-        inverse_depth = conclude(self._closing()) * self.dpt_per_px
-        # a pixel that had to move far was, and may still be, less sure than its start said
-        std = torch.hypot(start.std_dpt, (inverse_depth - start.inverse_depth_dpt) / 2)
-        kappa = self.misfit.kappa.mean()
-        wider = (std * kappa).square() - (start.std_dpt * kappa).square()
-        confidence = start.confidence / (1 + start.confidence * wider)
-        return start._replace(inverse_depth_dpt=inverse_depth, std_dpt=std, confidence=confidence)
+        depth_px, std_px = conclude(self._closing(offering=conclude is not stay))
+        confidence = 1 / (1 + 4 * std_px)  # per px of CoC, as in prediction
+        inverse_depth, std = depth_px * self.dpt_per_px, std_px * self.dpt_per_px
+        return self.start._replace(inverse_depth_dpt=inverse_depth, std_dpt=std, confidence=confidence)
 
-    def _closing(self) -> Closing:
-        """What is known of the kept depth."""
+    def _closing(self, *, offering: bool) -> Closing:
+        """What is known of the kept depth; of what moves would make of it only when `offering`, for that takes long."""
         depth = self.kept_px
         with torch.no_grad():
             self.depth_px.copy_(depth)
@@ -447,11 +443,12 @@ class _Refinement:
         shifted = torch.stack([self._shifted(by_px)[1] for by_px in (PROBE_PX, -PROBE_PX, 1.0, -1.0)])
         root, least = self._tried(self.root, depth, 1)
         offers, left = [], [least]
-        for moved in self._offers(depth):
+        for moved in self._offers(depth) if offering else ():
             offers.append(moved)
             left.append(self._tried_offer(moved, depth, 1)[1])
         offered = torch.stack([depth, *offers])[1:]
-        return Closing(depth, *self._settled(depth), here, shifted, offered, torch.stack(left), root)
+        began = self.start.inverse_depth_dpt / self.dpt_per_px, self.std_px
+        return Closing(*began, depth, *self._settled(depth), here, shifted, offered, torch.stack(left), root)
 
     def _settled(self, depth_px: Tensor) -> tuple[Tensor, Tensor]:
         """`depth_px` pooled along surfaces: less the changes that noise alone makes of the start, and as it is."""

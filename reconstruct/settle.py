@@ -26,12 +26,15 @@ from reconstruct.checkpoint import load_weights
 WEIGHTS = Path(__file__).parent / "weights" / "settle.safetensors"
 OFFERS = 8  # the moves of `RefineConfig`
 LARGEST_CHANGE_PX = 1.0  # of blur std, beyond what was offered
+KNOWN_STD_PX = 0.02, 10.0  # of a start; beyond them it says no more
 
 
 class Closing(NamedTuple):
     """What a refinement knows in the end; depths in px of blur std, misfits per pixel.
 
     Attributes:
+        start_px: where it began, (H, W).
+        start_std_px: how far wrong the start expected to be, (H, W); infinite where it did not say.
         depth_px: where the descent ended, (H, W).
         settled_px: the same less what noise alone brings about.
         pooled_px: the same pooled along surfaces.
@@ -42,6 +45,8 @@ class Closing(NamedTuple):
         root: the all-in-focus image as `root_of` it, (3, H, W).
     """
 
+    start_px: Tensor
+    start_std_px: Tensor
     depth_px: Tensor
     settled_px: Tensor
     pooled_px: Tensor
@@ -54,6 +59,10 @@ class Closing(NamedTuple):
     def candidates_px(self) -> Tensor:
         """Depths to choose among, (K + 2, H, W), the one to stay at first."""
         return torch.cat([self.settled_px[None], self.offers_px, self.pooled_px[None]])
+
+    def start(self) -> Tensor:
+        """Where it began and how sure it was, (2, H, W)."""
+        return torch.stack([self.start_px, self.start_std_px])
 
     def signs(self) -> Tensor:
         """What the network sees, (C, H, W), all within a few units of 0."""
@@ -78,57 +87,111 @@ class Closing(NamedTuple):
 
 
 SIGNS = 9 + 3 * OFFERS + 6
+DOUBT_SIGNS = SIGNS + OFFERS + 5
+
+
+class Settled(NamedTuple):
+    """A depth and how far wrong it is expected to be (one standard deviation), px of blur std, (H, W) each."""
+
+    depth_px: Tensor
+    std_px: Tensor
 
 
 class SettlingNet(nn.Module):
-    """The mean of a few small networks, each trained from its own start on its own crops: a percent better than one."""
+    """Depth is the mean of a few small networks, each trained from its own start on its own crops; another, told how
+    sure the start was and how far they disagree, says how wrong that mean may be.
+    """
 
-    def __init__(self, width: int = 16, members: int = 3) -> None:
+    def __init__(self, width: int = 24, members: int = 5) -> None:
         super().__init__()
         self.members = nn.ModuleList(_Member(width) for _ in range(members))
+        self.doubt = _Doubt(width)
 
-    def forward(self, signs: Tensor, candidates_px: Tensor) -> Tensor:
-        """Depths in px of blur std, (B, H, W), from (B, C, H, W) and (B, K + 2, H, W)."""
-        return torch.stack([member(signs, candidates_px) for member in self.members]).mean(0)
+    def forward(self, closing: Closing) -> Settled:
+        """What becomes of the end of a refinement."""
+        candidates_px = closing.candidates_px()[None]
+        signs, start = closing.signs()[None], closing.start()[None]
+        depths_px = self.depths_px(signs, candidates_px)
+        std_px = self.doubt(signs, candidates_px, start, depths_px)
+        return Settled(depths_px.mean(0)[0], std_px[0])
+
+    def depths_px(self, signs: Tensor, candidates_px: Tensor) -> Tensor:
+        """Every member's depth, (M, B, H, W), from (B, C, H, W) and (B, K + 2, H, W)."""
+        return torch.stack([member(signs, candidates_px) for member in self.members])
 
 
-class _Member(nn.Module):
-    """Shares of the candidates, and a bounded change beyond them; they look 10 pixels far at full size."""
+class _Layers(nn.Module):
+    """Convolutions at full size; each but the first and last adds to what it got, looking `reaches` pixels far."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, inputs: int, width: int, outputs: int, reaches: tuple[int, ...]) -> None:
         super().__init__()
-        self.first = nn.Conv2d(SIGNS, width, 3, 1, 1)
-        self.more = nn.ModuleList(nn.Conv2d(width, width, 3, 1, reach, reach) for reach in (2, 4, 2, 1))
-        self.last = nn.Conv2d(width, OFFERS + 3, 1)
+        self.first = nn.Conv2d(inputs, width, 3, 1, 1)
+        self.more = nn.ModuleList(nn.Conv2d(width, width, 3, 1, reach, reach) for reach in reaches)
+        self.last = nn.Conv2d(width, outputs, 1)
         nn.init.normal_(self.last.weight, std=1e-3)
-        with torch.no_grad():
-            self.last.bias.zero_()  # type: ignore[union-attr]
-            self.last.bias[0] = 3.0  # type: ignore[index]  # untrained, it nearly stays
+        nn.init.zeros_(self.last.bias)  # type: ignore[arg-type]
 
-    def forward(self, signs: Tensor, candidates_px: Tensor) -> Tensor:
-        x = F.leaky_relu(self.first(signs), 0.1)
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.leaky_relu(self.first(x), 0.1)
         for layer in self.more:
             x = x + F.leaky_relu(layer(x), 0.1)
-        *shares, beyond = self.last(x).split([OFFERS + 2, 1], 1)
+        return self.last(x)
+
+
+class _Member(_Layers):
+    """Shares of the candidates, and a bounded change beyond them."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(SIGNS, width, OFFERS + 3, (2, 4, 2, 1))
+        with torch.no_grad():
+            self.last.bias[0] = 3.0  # type: ignore[index]  # untrained, it nearly stays
+
+    def forward(self, signs: Tensor, candidates_px: Tensor) -> Tensor:  # type: ignore[override]
+        """(B, H, W), px of blur std."""
+        *shares, beyond = super().forward(signs).split([OFFERS + 2, 1], 1)
         chosen = (shares[0].softmax(1) * candidates_px).sum(1)
         return chosen + LARGEST_CHANGE_PX * torch.tanh(beyond[:, 0])
 
 
+class _Doubt(_Layers):
+    """The std of the error that is left: the start's, changed by a factor."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(DOUBT_SIGNS, width, 1, (2, 4, 8, 2, 1))
+
+    def forward(self, signs: Tensor, candidates_px: Tensor, start: Tensor, depths_px: Tensor) -> Tensor:  # type: ignore[override]
+        """(B, H, W), px of blur std, from the signs, the candidates, `Closing.start` and the members' depths."""
+        start_px, start_std_px = start[:, :1], start[:, 1:].clamp(*KNOWN_STD_PX)
+        depth_px = depths_px.mean(0)[:, None]
+        parts = [
+            signs,
+            start_std_px.log(),
+            _squashed(depth_px - torch.cat([candidates_px, start_px], 1), 0.3),
+            (depths_px.std(0, correction=0)[:, None] + 0.003).log() + 3,
+        ]
+        gain = super().forward(torch.cat(parts, 1)).clamp(-4, 4)
+        return (start_std_px * gain.exp())[:, 0]
+
+
 @torch.no_grad()
-def settle(closing: Closing) -> Tensor:
-    """The depth that the shipped network makes of a refinement's end, px of blur std, (H, W).
+def settle(closing: Closing) -> Settled:
+    """What the shipped network makes of a refinement's end.
 
     Where other moves were offered than it learned to judge, the depth stays.
     """
     if len(closing.offers_px) != OFFERS:
         return stay(closing)
-    net = _shipped(closing.depth_px.device)
-    return net(closing.signs()[None], closing.candidates_px()[None])[0]
+    settled: Settled = _shipped(closing.depth_px.device)(closing)
+    return settled
 
 
-def stay(closing: Closing) -> Tensor:
-    """The depth where the descent ended, noise taken back: nothing learned, for whoever must not use it."""
-    return closing.settled_px
+def stay(closing: Closing) -> Settled:
+    """The depth where the descent ended, noise taken back: nothing learned, for whoever must not use it.
+
+    A pixel that had to move far was, and may still be, less sure than its start said.
+    """
+    depth_px = closing.settled_px
+    return Settled(depth_px, torch.hypot(closing.start_std_px, (depth_px - closing.start_px) / 2))
 
 
 @lru_cache(maxsize=1)

@@ -6,10 +6,11 @@ and are not made again; learning from them takes minutes.
 
 from __future__ import annotations
 
+import itertools
 import math
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -23,14 +24,19 @@ from torch import Tensor, nn
 
 from reconstruct.checkpoint import load_weights, save_weights
 from reconstruct.dataset import PHOTOGRAPHS, render_scene, training_stack, turned
+from reconstruct.losses import laplace_surprise
+from reconstruct.metrics import confidence_errors
+from reconstruct.plane_sweep import plane_sweep
 from reconstruct.predict import load_network, predict
 from reconstruct.refine import refine
-from reconstruct.settle import Closing, SettlingNet, stay
+from reconstruct.settle import Closing, Settled, SettlingNet, stay
 from reconstruct.train import Average, display
 
 FRAMES, FRAMES_SHARE = (3, 4, 5, 6, 7), (0.14, 0.2, 0.42, 0.14, 0.1)
 LOG_EVERY = 20
 LEAST_ERROR_PX = 0.05  # a stack's errors count relative to its start's, and to no less than this
+LEAST_DOUBT_PX = 0.01  # added to every error that the std is learned from
+UNTOLD_SHARE = 0.1  # of the crops: the start does not say how sure it is
 
 
 class SettleRecipe(BaseModel):
@@ -39,7 +45,8 @@ class SettleRecipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     seed: int = 77
-    scenes: int = Field(440, ge=2, description="simulated stacks")
+    scenes: int = Field(440, ge=2, description="simulated stacks, refined from the network's answer")
+    from_sweep: int = Field(100, ge=0, description="more of them, refined from the plane sweep's")
     held_out: int = Field(12, ge=1, description="of them, the first, for validation only")
     scene_px: int = Field(208, ge=32)
     stack_px: int = Field(144, ge=32, description="side of the refined stacks")
@@ -51,8 +58,13 @@ class SettleRecipe(BaseModel):
     warmup_steps: int = Field(50, ge=1)
     weight_decay: float = Field(1e-3, ge=0)
     ema_decay: float = Field(0.998, ge=0, lt=1)
-    width: int = Field(16, ge=1)
-    members: int = Field(3, ge=1)
+    width: int = Field(24, ge=1)
+    members: int = Field(5, ge=1)
+
+    @property
+    def stacks(self) -> int:
+        """How many are simulated."""
+        return self.scenes + self.from_sweep
 
     @model_validator(mode="after")
     def _fits(self) -> SettleRecipe:
@@ -64,24 +76,23 @@ class SettleRecipe(BaseModel):
 
 
 class Ending(NamedTuple):
-    """One refined stack: what the network sees, what it chooses among, the truth, and the error of the start.
+    """One refined stack: what the network sees, what it chooses among, the start, the truth.
 
-    Depths in px of blur std; `signs` (C, H, W), `candidates_px` (K + 2, H, W), `true_px` (H, W).
+    Depths in px of blur std; `signs` (C, H, W), `candidates_px` (K + 2, H, W), `start` as `Closing.start`, `true_px`
+    (H, W).
     """
 
     signs: Tensor
     candidates_px: Tensor
+    start: Tensor
     true_px: Tensor
-    start_error_px: float
-
-    def error_px(self, depth_px: Tensor) -> float:
-        """Mean absolute error of a depth map."""
-        return float((depth_px - self.true_px).abs().mean())
 
 
 def refined_stack(recipe: SettleRecipe, pool: Path, index: int) -> Path:
     """Simulate stack `index` and refine it; the end of that is kept in `pool`."""
-    path = pool / f"seed{recipe.seed}-{recipe.stack_px}px-{recipe.refine_steps}" / f"{index:06d}.safetensors"
+    by_sweep = index >= recipe.scenes
+    name = f"{'sweep' if by_sweep else 'network'}-{index:06d}.safetensors"
+    path = pool / f"seed{recipe.seed}-{recipe.stack_px}px-{recipe.refine_steps}" / name
     if path.with_suffix(".json").exists():
         return path
     rng = np.random.default_rng([recipe.seed, index, 5])
@@ -89,54 +100,60 @@ def refined_stack(recipe: SettleRecipe, pool: Path, index: int) -> Path:
     scene = render_scene((recipe.seed, index), recipe.scene_px)
     stack = training_stack(scene, rng, count, recipe.stack_px)
     frames, focus, kappa, true, _ = (torch.from_numpy(x) for x in stack)
-    start = predict(load_network("default", frames.device), frames, focus, kappa)
+    if by_sweep:
+        start = plane_sweep(frames, focus, kappa)
+    else:
+        start = predict(load_network("default", frames.device), frames, focus, kappa)
     ends: list[Closing] = []
 
-    def keep(closing: Closing) -> Tensor:
+    def keep(closing: Closing) -> Settled:
         ends.append(closing)
         return stay(closing)
 
     refine(frames, focus, kappa, start, steps=recipe.refine_steps, conclude=keep)
-    px_per_dpt = kappa.abs().mean() / 4
-    maps = ends[0]._asdict() | {"true_px": true[0] * px_per_dpt, "start_px": start.inverse_depth_dpt * px_per_dpt}
+    maps = ends[0]._asdict() | {"true_px": true[0] * kappa.abs().mean() / 4}
     save_weights(path, {name: x.contiguous() for name, x in maps.items()}, {"preset": "closing"})
     return path
 
 
-def read_ending(path: Path) -> Ending:
-    """What `refined_stack` kept."""
+def read_closing(path: Path) -> tuple[Closing, Tensor]:
+    """What `refined_stack` kept: the refinement's end and the true depth, px of blur std."""
     maps, _ = load_weights(path, "closing")
-    true, start = maps.pop("true_px"), maps.pop("start_px")
-    closing = Closing(**maps)
-    return Ending(closing.signs(), closing.candidates_px(), true, float((start - true).abs().mean()))
+    true_px = maps.pop("true_px")
+    return Closing(**maps), true_px
 
 
 def train_settling(recipe: SettleRecipe, run: Path, pool: Path) -> Path:
     """Train a new network; returns the weights file in `run`. Stacks that `pool` lacks are made first, on all cores."""
-    endings = [read_ending(path) for path in _refined_stacks(recipe, pool)]
-    held_out, own = endings[: recipe.held_out], endings[recipe.held_out :]
+    paths = _refined_stacks(recipe, pool)
+    held_out = [read_closing(path) for path in itertools.islice(paths, recipe.held_out)]
+    closings = map(read_closing, paths)
+    own = [Ending(x.signs(), x.candidates_px(), x.start(), true_px) for x, true_px in closings]
     torch.manual_seed(recipe.seed)
     net = SettlingNet(recipe.width, recipe.members)
-    optimizer = torch.optim.AdamW(net.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay)
-    average = Average(net, recipe.ema_decay)
     rng = np.random.default_rng([recipe.seed, 6])
-    with display(recipe.steps, 0, quiet=False) as show:
-        for step in range(recipe.steps):
-            falling = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate * falling * min(1.0, (step + 1) / recipe.warmup_steps)
-            losses = []
-            for member in net.members:
-                signs, candidates, true, scale = _batch(own, rng, recipe)
-                losses.append(((member(signs, candidates) - true).abs() / scale[:, None, None]).mean())
-            loss = torch.stack(losses).mean()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-            optimizer.step()
-            average.update(net, step)
-            show.step(step + 1, {"error": float(loss.detach())}, recipe.batch, log=(step + 1) % LOG_EVERY == 0)
-    net.load_state_dict(average.tensors)
+
+    def depth_error() -> Tensor:
+        """Of every member on crops of its own, relative to the start's error."""
+        losses = []
+        for member in net.members:
+            crops, scale_px = _batch(own, rng, recipe)
+            off_px = member(crops.signs, crops.candidates_px) - crops.true_px
+            losses.append((off_px.abs() / scale_px[:, None, None]).mean())
+        return torch.stack(losses).mean()
+
+    def surprise() -> Tensor:
+        """At the errors that the members leave; some starts do not say how sure they are."""
+        crops, _ = _batch(own, rng, recipe)
+        untold = torch.from_numpy(rng.random(recipe.batch) < UNTOLD_SHARE)
+        crops.start[untold, 1] = torch.inf
+        with torch.no_grad():
+            depths_px = net.depths_px(crops.signs, crops.candidates_px)
+        std_px = net.doubt(crops.signs, crops.candidates_px, crops.start, depths_px)
+        return laplace_surprise((depths_px.mean(0) - crops.true_px).abs() + LEAST_DOUBT_PX, std_px).mean()
+
+    _descend(net.members, depth_error, recipe)
+    _descend(net.doubt, surprise, recipe)
     about = {
         "preset": "settle",
         "teacher": "supervised by simulated truth; no captured stack, no photograph with depth",
@@ -145,23 +162,53 @@ def train_settling(recipe: SettleRecipe, run: Path, pool: Path) -> Path:
         "recipe": recipe.model_dump(),
         "validation": validate(net, held_out),
     }
-    save_weights(run / "settle.safetensors", average.tensors, about)
+    save_weights(run / "settle.safetensors", net.state_dict(), about)
     return run / "settle.safetensors"
 
 
+def _descend(part: nn.Module, loss_of: Callable[[], Tensor], recipe: SettleRecipe) -> None:
+    """Leave `part` with the running average of its weights on the way down."""
+    optimizer = torch.optim.AdamW(part.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay)
+    average = Average(part, recipe.ema_decay)
+    with display(recipe.steps, 0, quiet=False) as show:
+        for step in range(recipe.steps):
+            falling = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.learning_rate * falling * min(1.0, (step + 1) / recipe.warmup_steps)
+            loss = loss_of()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(part.parameters(), 1.0)
+            optimizer.step()
+            average.update(part, step)
+            done = step + 1
+            show.step(done, {loss_of.__name__: float(loss.detach())}, recipe.batch, log=done % LOG_EVERY == 0)
+    part.load_state_dict(average.tensors)
+
+
 @torch.no_grad()
-def validate(net: SettlingNet, endings: Sequence[Ending]) -> dict[str, float]:
-    """Mean over stacks of the error relative to the start's: of the refinement alone, and with the network's choice."""
-    alone = [e.error_px(e.candidates_px[0]) / e.start_error_px for e in endings]
-    chosen = [e.error_px(net(e.signs[None], e.candidates_px[None])[0]) / e.start_error_px for e in endings]
-    return {"refined_to_start": float(np.mean(alone)), "chosen_to_start": float(np.mean(chosen))}
+def validate(net: SettlingNet, ends: Sequence[tuple[Closing, Tensor]]) -> dict[str, float]:
+    """Means over stacks: the error relative to the start's, of the refinement alone and with the network's choice; the
+    share of errors within one std; the share of the error that the surest 70 % of the pixels are spared.
+    """
+    rows = []
+    for closing, true_px in ends:
+        settled = net(closing)
+        start, alone, chosen = (
+            (x - true_px).abs().mean() for x in (closing.start_px, closing.settled_px, settled.depth_px)
+        )
+        maps = settled.depth_px, settled.std_px, -settled.std_px, 1 / true_px
+        doubt = confidence_errors(*(x.numpy() for x in maps))
+        rows.append([float(alone / start), float(chosen / start), doubt["coverage"], doubt["kept70_cut"]])
+    names = "refined_to_start", "chosen_to_start", "coverage", "kept70_cut"
+    return dict(zip(names, np.mean(rows, axis=0).tolist(), strict=True))
 
 
 def _refined_stacks(recipe: SettleRecipe, pool: Path) -> Iterator[Path]:
     context = multiprocessing.get_context("spawn")
     workers = ProcessPoolExecutor(os.cpu_count(), context, _single_threaded)
-    with workers as processes, display(recipe.scenes, 0, quiet=False) as show:
-        paths = processes.map(partial(refined_stack, recipe, pool), range(recipe.scenes))
+    with workers as processes, display(recipe.stacks, 0, quiet=False) as show:
+        paths = processes.map(partial(refined_stack, recipe, pool), range(recipe.stacks))
         for done, path in enumerate(paths, 1):
             show.step(done, {}, 1, log=done % LOG_EVERY == 0)
             yield path
@@ -172,14 +219,13 @@ def _single_threaded() -> None:
     cv2.setNumThreads(1)
 
 
-def _batch(endings: Sequence[Ending], rng: np.random.Generator, recipe: SettleRecipe) -> Sequence[Tensor]:
-    """Crops of random stacks, mirrored and turned: signs, candidates, truth, and what errors count relative to."""
-    crops = []
+def _batch(endings: Sequence[Ending], rng: np.random.Generator, recipe: SettleRecipe) -> tuple[Ending, Tensor]:
+    """Crops of random stacks, mirrored and turned, and what the errors of each count relative to, (B,)."""
+    crops, scales = [], []
     for ending in (endings[i] for i in rng.integers(0, len(endings), recipe.batch)):
         top, left = rng.integers(0, recipe.stack_px - recipe.crop_px + 1, 2)
         turns, mirrored = int(rng.integers(4)), rng.random() < 0.5
-        maps = []
-        for x in ending[:3]:
-            maps.append(turned(x[..., top : top + recipe.crop_px, left : left + recipe.crop_px], turns, mirrored))
-        crops.append([*maps, torch.tensor(ending.start_error_px + LEAST_ERROR_PX)])
-    return [torch.stack(x) for x in zip(*crops, strict=True)]
+        window = (..., slice(top, top + recipe.crop_px), slice(left, left + recipe.crop_px))
+        crops.append([turned(x[window], turns, mirrored) for x in ending])
+        scales.append((ending.start[0] - ending.true_px).abs().mean() + LEAST_ERROR_PX)
+    return Ending(*map(torch.stack, zip(*crops, strict=True))), torch.stack(scales)

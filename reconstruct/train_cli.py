@@ -88,7 +88,7 @@ def _refinement_plan(settings: SettleRecipe) -> str:
     net = SettlingNet(settings.width, settings.members)
     return (
         f"network    last step of refinement, {sum(p.numel() for p in net.parameters()):,} parameters\n"
-        f"data       recipe refinement: {settings.scenes} simulated stacks, refined on all cores\n"
+        f"data       recipe refinement: {settings.stacks} simulated stacks, refined on all cores\n"
         f"steps      {settings.steps} of {settings.batch} crops of {settings.crop_px} px\n"
         f"device     cpu"
     )

@@ -89,8 +89,6 @@ def test_refine_improves_the_plane_sweep(stack):
     assert [step for step, _ in seen] == list(range(15))
     assert seen[-1][1] < seen[0][1]
     assert torch.isfinite(refined.aif).all()
-    assert (refined.std_dpt >= stack.start.std_dpt).all()
-    assert (refined.confidence <= stack.start.confidence).all()
 
 
 def test_plain_background_is_offered_to_recede_beside_an_object_of_another_colour(stack):

@@ -10,15 +10,19 @@ import torch
 from typer.testing import CliRunner
 
 from capture.errors import DataError, UsageError
+from reconstruct import settle_train
 from reconstruct.checkpoint import DEFAULT_WEIGHTS, load_weights
 from reconstruct.cli import app
+from reconstruct.metrics import confidence_errors
+from reconstruct.plane_sweep import plane_sweep
 from reconstruct.refine import RefineConfig, refine
-from reconstruct.settle import OFFERS, SIGNS, WEIGHTS, Closing, SettlingNet, load_settling, settle
-from reconstruct.settle_train import SettleRecipe, read_ending, refined_stack
+from reconstruct.settle import OFFERS, SIGNS, WEIGHTS, SettlingNet, load_settling, settle, stay
+from reconstruct.settle_train import SettleRecipe, read_closing, refined_stack
 from tests.reconstruct.test_refine import Stack
 
 TINY = SettleRecipe(
     scenes=3,
+    from_sweep=1,
     held_out=1,
     scene_px=96,
     stack_px=64,
@@ -50,19 +54,13 @@ def pool(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def ending(pool):
-    """One refined stack."""
-    return refined_stack(TINY, pool, 0)
+def closing(pool):
+    """The end of one refinement."""
+    return read_closing(refined_stack(TINY, pool, 0))[0]
 
 
-def closing_of(path: Path) -> Closing:
-    maps, _ = load_weights(path, "closing")
-    return Closing(**{name: maps[name] for name in Closing._fields})
-
-
-def test_sees_misfits_relative_to_the_picture_s_own(ending):
+def test_sees_misfits_relative_to_the_picture_s_own(closing):
     """A picture whose misfits are all twice as large is judged alike."""
-    closing = closing_of(ending)
     assert closing.signs().shape == (SIGNS, TINY.stack_px, TINY.stack_px)
     louder = closing._replace(here=closing.here * 2, shifted=closing.shifted * 2, left=closing.left * 2)
     torch.testing.assert_close(louder.signs(), closing.signs(), rtol=0, atol=1e-5)
@@ -74,23 +72,40 @@ def test_offers_are_the_moves_that_it_learned_to_judge():
     assert 2 * len(moves.moves_px) + len(moves.recede_px) == OFFERS
 
 
-def test_chooses_within_what_was_offered_and_a_little_beyond(ending):
-    closing = closing_of(ending)
+def answering_anything() -> SettlingNet:
     torch.manual_seed(0)
     net = SettlingNet()
     for scale in net.parameters():
-        scale.data *= 30  # answers of any kind
-    candidates = closing.candidates_px()
-    with torch.no_grad():
-        depth = net(closing.signs()[None], candidates[None])[0]
+        scale.data *= 30
+    return net
+
+
+@torch.no_grad()
+def test_chooses_within_what_was_offered_and_a_little_beyond(closing):
+    depth, candidates = answering_anything()(closing).depth_px, closing.candidates_px()
     assert (depth <= candidates.amax(0) + 1.001).all()
     assert (depth >= candidates.amin(0) - 1.001).all()
 
 
-def test_stays_where_other_moves_were_offered(ending):
-    closing = closing_of(ending)
+@torch.no_grad()
+def test_doubts_whatever_the_start_said_of_itself(closing):
+    """Infinite where the start did not say how sure it was."""
+    for net in (SettlingNet(), answering_anything()):
+        for said in (0.02, torch.inf):
+            std = net(closing._replace(start_std_px=torch.full_like(closing.depth_px, said))).std_px
+            assert torch.isfinite(std).all()
+            assert (std > 0).all()
+
+
+@torch.no_grad()
+def test_untrained_it_doubts_as_the_start_did(closing):
+    torch.testing.assert_close(SettlingNet()(closing).std_px, closing.start_std_px, rtol=0.1, atol=0)
+
+
+def test_stays_where_other_moves_were_offered(closing):
     fewer = closing._replace(offers_px=closing.offers_px[:2], left=closing.left[:3])
-    assert torch.equal(settle(fewer), closing.settled_px)
+    assert torch.equal(settle(fewer).depth_px, closing.settled_px)
+    assert (stay(closing).std_px >= closing.start_std_px).all()
 
 
 def test_refinement_ends_with_its_choice():
@@ -103,18 +118,47 @@ def test_refinement_ends_with_its_choice():
 
     refined = refine(stack.frames, stack.focus, stack.kappa, stack.start, steps=2, conclude=keep)
     dpt_per_px = 4 / stack.kappa.mean()
-    torch.testing.assert_close(refined.inverse_depth_dpt, settle(kept[0]) * dpt_per_px)
-    assert (settle(kept[0]) - kept[0].settled_px).abs().max() > 0.01
+    depth, std = settle(kept[0])
+    torch.testing.assert_close(refined.inverse_depth_dpt, depth * dpt_per_px)
+    torch.testing.assert_close(refined.std_dpt, std * dpt_per_px)
+    torch.testing.assert_close(refined.confidence, 1 / (1 + refined.std_dpt * stack.kappa.mean()))
+    assert (depth - kept[0].settled_px).abs().max() > 0.01
     assert inspect.signature(refine).parameters["conclude"].default is settle
 
 
-def test_a_stack_is_refined_once(ending, pool):
-    before = ending.stat().st_mtime_ns
-    assert len(list(pool.rglob("*.safetensors"))) == TINY.scenes
-    assert refined_stack(TINY, pool, 0) == ending
-    assert ending.stat().st_mtime_ns == before
-    read = read_ending(ending)
-    assert read.start_error_px == pytest.approx(read.error_px(load_weights(ending)[0]["start_px"]))
+def test_its_std_foresees_errors():
+    """Better than the start's std and the distance that depth has moved, and neither far too wide nor too narrow."""
+    stack = Stack()
+    maps = stack.frames, stack.focus, stack.kappa, stack.start
+    refined, stayed = (refine(*maps, steps=15, conclude=conclude) for conclude in (settle, stay))
+    told, before = (
+        confidence_errors(*(x.numpy() for x in (*answer[:3], 1 / stack.truth))) for answer in (refined, stayed)
+    )
+    assert told["ause"] < before["ause"]
+    assert told["kept70_cut"] > before["kept70_cut"]
+    assert 0.6 < told["coverage"] < 0.95
+
+
+def test_a_stack_is_refined_once(pool):
+    path = refined_stack(TINY, pool, 0)
+    before = path.stat().st_mtime_ns
+    assert len(list(pool.rglob("*.safetensors"))) == TINY.stacks
+    assert refined_stack(TINY, pool, 0) == path
+    assert path.stat().st_mtime_ns == before
+
+
+def test_some_stacks_are_refined_from_the_plane_sweep(pool, monkeypatch):
+    begun = []
+
+    def told(frames, focus, kappa, start, *, conclude, **_):
+        begun.append(torch.equal(start.inverse_depth_dpt, plane_sweep(frames, focus, kappa).inverse_depth_dpt))
+        raise InterruptedError
+
+    monkeypatch.setattr(settle_train, "refine", told)
+    for index in (0, TINY.scenes):
+        with pytest.raises(InterruptedError):
+            refined_stack(TINY, pool / "none yet", index)
+    assert begun == [False, True]
 
 
 def test_other_weights_are_refused():
@@ -136,7 +180,7 @@ def test_trains_from_the_command_line_and_again_the_same(tmp_path, pool):
 
 def test_the_plan_is_told(tmp_path):
     result = CliRunner().invoke(app, ["train", "--recipe", "refinement", "-o", str(tmp_path / "run"), "--dry-run"])
-    assert "440 simulated stacks" in result.stdout
+    assert "540 simulated stacks" in result.stdout
     assert not (tmp_path / "run").exists()
 
 
