@@ -382,6 +382,7 @@ def test_two_processes_adapt_as_one_does(tmp_path, stack_file):
             torch.set_num_threads(1)
             train.has_bf16 = lambda device: False
             finetune.reliably_lower = lambda before, after: True
+            finetune.VARIED = 1  # mixtures make rounding grow; how processes share them is tested bit for bit below
             stack, cpu = load_captured({str(stack_file)!r}), torch.device("cpu")
             config = TrainConfig(**{QUICK.model_dump() | {"steps": 12, "warmup_steps": 1}!r})
             finetune.adapt([stack], load_network("default", cpu), Path(sys.argv[1]), config, device=cpu, refine_steps=2)
@@ -394,6 +395,20 @@ def test_two_processes_adapt_as_one_does(tmp_path, stack_file):
     assert moved_apart(one, two, load_network("default", CPU).net.state_dict()) < 0.05
     assert about["withheld_before"] == other["withheld_before"]
     assert about["withheld_after"]["scene"] == pytest.approx(other["withheld_after"]["scene"], rel=1e-3)
+
+
+def test_processes_share_a_batch_of_mixtures_and_all_else(tmp_path, stack_file):
+    """Together they see what one process sees, to the bit."""
+    lesson = Lesson.prepare(load_captured(stack_file), None, 0, CPU, tmp_path)
+    alone, shared = (DistilTask([lesson], QUICK.model_copy(update={"batch": 4}), CPU, tmp_path) for _ in range(2))
+    assert alone.mixed
+    for step in range(8):
+        whole, parts = alone.batch(step), [shared.batch(step, part, 2) for part in (0, 1)]
+        order = [0, 2, 1, 3]  # crops are dealt out in turn
+        for name in ("frames", "focus_dpt", "kappa", "inverse_depth_dpt", "exact"):
+            assert torch.equal(getattr(whole, name)[order], torch.cat([getattr(x, name) for x in parts])), name
+        for i, maps in enumerate(whole.prior):
+            assert torch.equal(maps[order], torch.cat([x.prior[i] for x in parts]))
 
 
 def test_withheld_frame_is_in_the_middle(stack_file):
