@@ -296,9 +296,9 @@ def withheld_error(lesson: Lesson, estimate: Estimate) -> float:
 
 
 class DistilTask:
-    """Crops of the stacks with their refined maps, and of their retakes; judged by the withheld frames.
+    """Crops of the stacks with their refined maps, of retakes and mixtures of them; judged by the withheld frames.
 
-    The retakes are mapped from `folder`.
+    Retakes and mixtures are mapped from `folder`.
     """
 
     teacher = DISTILLED

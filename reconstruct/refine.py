@@ -20,7 +20,7 @@ of the same colour. Each offer first gets a few steps of its own image; then eve
 frames around it fit best (fusion moves, Lempitsky et al. 2010, without the graph cut).
 
 In the end the moves are offered once more, and a small network that was trained on simulated scenes chooses among them
-(`settle.py`). It knows misfits and shapes, not what scenes look like.
+and says how wrong its choice may be (`settle.py`). It knows misfits and shapes, not what scenes look like.
 """
 
 from __future__ import annotations

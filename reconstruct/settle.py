@@ -4,9 +4,10 @@ Beside edges the misfit alone is a poor judge of a move. It is pooled over a win
 and what a near object hides is guessed. How the misfits of several offers, the image and the depth's own shape go
 together with the truth is the same in every scene, so it is learned once, on simulated ones (`settle_train.py`).
 
-The network sees blur units and misfits relative to the picture's median, so it serves any lens. It is not told what
-the refinement started from: on simulated scenes the start is better than on captured ones, and a network that was told
-learned to trust it (7 tuning scenes, disc: error against the start 0.76 with, 0.72 without).
+The network sees blur units and misfits relative to the picture's median, so it serves any lens. What chooses is not
+told what the refinement started from: on simulated scenes the start is better than on captured ones, and a network that
+was told learned to trust it (7 tuning scenes, disc: error against the start 0.76 with, 0.72 without). What says how
+wrong the choice may be is told.
 
 Letters: K offers, (H, W) pixels.
 """

@@ -1,7 +1,7 @@
 """Trains the network that ends a refinement (`settle.py`): simulated stacks are refined, and their truth is known.
 
 `daif train --recipe refinement` makes the shipped weights: the stacks take some ten seconds each, are kept in the pool
-and are not made again; learning from them takes minutes.
+and are not made again; learning from them takes three quarters of an hour.
 """
 
 from __future__ import annotations

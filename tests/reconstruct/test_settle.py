@@ -134,6 +134,8 @@ def test_its_std_foresees_errors():
     told, before = (
         confidence_errors(*(x.numpy() for x in (*answer[:3], 1 / stack.truth))) for answer in (refined, stayed)
     )
+    assert (stayed.std_dpt >= stack.start.std_dpt * (1 - 1e-6)).all()
+    assert (stayed.confidence <= stack.start.confidence * (1 + 1e-6)).all()
     assert told["ause"] < before["ause"]
     assert told["kept70_cut"] > before["kept70_cut"]
     assert 0.6 < told["coverage"] < 0.95
