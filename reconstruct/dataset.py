@@ -67,6 +67,7 @@ class StackBatch:
         inverse_depth_dpt: truth, (B, 1, H, W), NaN where unknown; None for captured stacks.
         aif: true all-in-focus image, (B, 3, H, W), or None.
         prior: what the plane sweep knows, where it was asked before; else None.
+        noise: (B,), of the frames as captured (`Photometry`), where the plane sweep is yet to be asked; or None.
         exact: (B,), 1 where `inverse_depth_dpt` is the truth, 0 where it is an estimate; None for truth throughout.
     """
 
@@ -76,6 +77,7 @@ class StackBatch:
     inverse_depth_dpt: Tensor | None = None
     aif: Tensor | None = None
     prior: Prior | None = None
+    noise: Tensor | None = None
     exact: Tensor | None = None
 
     def to(self, device: torch.device) -> StackBatch:
@@ -213,6 +215,8 @@ def _texture(rng: np.random.Generator, size: int) -> NDArray[np.float32]:
         image = image.mean((0, 1)) + (image - image.mean((0, 1))) * np.float32(np.exp(rng.uniform(-4.5, -1)))
     if rng.random() < 0.5:
         image = image * rng.uniform(0.5, 1.3, 3).astype(np.float32)
+    if rng.random() < 0.3:  # black things, and what lies in the dark: there noise hides most of the texture
+        image = image * np.float32(np.exp(rng.uniform(np.log(0.02), np.log(0.5))))
     return np.clip(image, 0, 1).astype(np.float32)
 
 
@@ -327,7 +331,8 @@ def render_scene(seed: Sequence[int], size: int) -> RenderedScene:
     """The sweep of one scene through a random lens; a pure function of its arguments."""
     scene = procedural_training_scene(seed, size)
     rng = np.random.default_rng([*seed, 2])
-    range_px = float(np.exp(rng.uniform(np.log(5), np.log(36))))
+    least, most = (5, 36) if rng.random() < 0.85 else (1, 5)  # few px of blur over the whole sweep: far scenes, webcams
+    range_px = float(np.exp(rng.uniform(np.log(least), np.log(most))))
     bend = rng.uniform(0.0, 0.08)  # f q of the thin lens: gain grows a little towards near focus
     focus = np.linspace(FAR_DPT, NEAR_DPT, SWEEP)
     if rng.random() < 0.3:
@@ -457,9 +462,10 @@ class SimulatedBatches:
         for place in range(part, self.size, parts):
             own = np.random.default_rng([self.pool.seed, 3, step, 1 + place])
             stacks.append(training_stack(self.pool[int(chosen[place])], own, count, self.crop))
-        frames, *others = (torch.from_numpy(np.stack(x)) for x in zip(*stacks, strict=True))
-        quiet = torch.stack([quietened(stack)[0] for stack in frames])
-        return StackBatch(quiet, *others)  # type: ignore[arg-type]
+        frames, focus, kappa, depth, aif = (torch.from_numpy(np.stack(x)) for x in zip(*stacks, strict=True))
+        quiet, contexts = zip(*map(quietened, frames), strict=True)
+        noise = torch.stack([context.noise for context in contexts])
+        return StackBatch(torch.stack(quiet), focus, kappa, depth, aif, noise=noise)
 
 
 # ---------------------------------------------------------------------------------------------- captured stacks

@@ -325,7 +325,7 @@ class DistilTask:
             for group in (self.drawn, self.mixed)
         )
         taken: list[Lesson] = []
-        crops: list[list[Tensor]] = [[] for _ in range(1 + len(first.prior))]  # frames, depth, prior but its brightness
+        crops: list[list[Tensor]] = [[] for _ in range(2 + len(first.prior.maps))]  # frames, depth, prior
         for place in range(self.config.batch):
             group = mixed_alike if self.mixed and rng.random() < self.mixed_share else alike
             lesson = group[int(rng.integers(len(group)))]
@@ -337,14 +337,14 @@ class DistilTask:
             if place % parts != part:
                 continue
             taken.append(lesson)
-            maps = (lesson.quiet, wanted.inverse_depth_dpt[None], *(x[0] for x in lesson.prior[:-1]))
+            maps = (lesson.quiet, wanted.inverse_depth_dpt[None], *(x[0] for x in lesson.prior.maps))
             for taken_so_far, x in zip(crops, maps, strict=True):
                 taken_so_far.append(turned(x[window], turn, mirror).float())
         frames, depth, *swept = map(torch.stack, crops)
         focus, kappa = (torch.stack([getattr(x.stack, name) for x in taken]) for name in ("focus_dpt", "kappa"))
-        brightness = torch.cat([lesson.prior.brightness for lesson in taken])
+        scalars = map(torch.cat, zip(*(lesson.prior.scalars for lesson in taken), strict=True))
         exact = torch.tensor([float(lesson.exact) for lesson in taken])
-        return StackBatch(frames, focus, kappa, depth, prior=Prior._make([*swept, brightness]), exact=exact)
+        return StackBatch(frames, focus, kappa, depth, prior=Prior(*swept, *scalars), exact=exact)
 
     def terms(self, output: NetworkOutput, batch: StackBatch) -> DistilTerms:
         """Smooth L1 and differences of depth in px of CoC, and the spread.

@@ -75,6 +75,7 @@ class Prior(NamedTuple):
         cost, total: its evidence, (B, D, H, W).
         inverse_depth_dpt, error_px, sharp: what it makes of it, (B, 1, H, W).
         brightness: mean of all frames, (B, 1, 1, 1).
+        noise: variance of the captured frames' pixel noise, as in `Photometry`, (B, 1, 1, 1).
     """
 
     cost: Tensor
@@ -83,6 +84,17 @@ class Prior(NamedTuple):
     error_px: Tensor
     sharp: Tensor
     brightness: Tensor
+    noise: Tensor
+
+    @property
+    def maps(self) -> tuple[Tensor, ...]:
+        """What has a value at every pixel."""
+        return self[:-2]
+
+    @property
+    def scalars(self) -> tuple[Tensor, ...]:
+        """What has one value a stack."""
+        return self[-2:]
 
 
 def sweep_prior(
@@ -99,7 +111,8 @@ def sweep_prior(
     evidence = evidence or gather_evidence(frames, focus_dpt, kappa, valid, SWEEP, context)
     swept = conclude(frames, focus_dpt, kappa, valid, evidence, SWEEP, context)
     volumes, maps = (x[None] for x in evidence), (x[None, None] for x in swept)
-    return Prior(*[*volumes, *maps, context.brightness.view(1, 1, 1, 1)])
+    scalars = (x.view(1, 1, 1, 1) for x in (context.brightness, context.noise))
+    return Prior(*volumes, *maps, *scalars)
 
 
 def mean_2x2(x: Tensor) -> Tensor:
@@ -160,7 +173,7 @@ class DefaultNet(nn.Module):
         self.profile = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, self.HEADS))
         self.mix = nn.Conv2d(count * (3 + self.HEADS), 64, 1)
         self.place = nn.Linear(count * 3, 64)
-        self.stem = Block(64 + 2 * self.FEATURES + 3, w1)
+        self.stem = Block(64 + 2 * self.FEATURES + 4, w1)
         self.down2, self.down3, self.down4 = Block(w1, w2, 2), Block(w2, w3, 2), Block(w3, w4, 2)
         self.up3, self.up2, self.up1 = Block(w4 + w3, w3), Block(w3 + w2, w2), Block(w2 + w1, w1)
         self.logit = nn.Conv2d(w1, count, 3, 1, 1)
@@ -169,7 +182,7 @@ class DefaultNet(nn.Module):
         self.guide = nn.Conv2d(w1 + 4, 32, 3, 1, 1)
         self.detail = nn.Conv2d(32, 4 * (9 + self.CONTEXT), 1)
         self.fine = nn.Sequential(
-            nn.Conv2d(self.CONTEXT + 11, self.FINE, 3, 1, 1),
+            nn.Conv2d(self.CONTEXT + 12, self.FINE, 3, 1, 1),
             nn.LeakyReLU(0.1, inplace=True),
             nn.Conv2d(self.FINE, self.FINE, 3, 1, 2, dilation=2),
             nn.LeakyReLU(0.1, inplace=True),
@@ -194,6 +207,7 @@ class DefaultNet(nn.Module):
         valid: Tensor | None = None,
         prior: Prior | None = None,
         *,
+        noise: Tensor | None = None,
         with_aif: bool = True,
     ) -> NetworkOutput:
         """Depth and all-in-focus image of a batch of stacks.
@@ -204,6 +218,7 @@ class DefaultNet(nn.Module):
             kappa: CoC pixels per dioptre, (B, S).
             valid: (B, S, H, W), False where a frame has no data (after alignment); None means everywhere.
             prior: what the plane sweep knows, if it was asked before; None asks it.
+            noise: (B,), as in `Prior`, where there is none; None measures that of `frames`, which have less.
             with_aif: whether to make the all-in-focus image.
         """
         size_b, size_s, _, height, width = frames.shape
@@ -216,8 +231,12 @@ class DefaultNet(nn.Module):
         with torch.no_grad():
             if prior is None:
                 valids = [None] * size_b if valid is None else list(valid)
-                stacks = zip(frames, focus_dpt, kappa, valids, strict=True)
-                prior = Prior(*map(torch.cat, zip(*(sweep_prior(*stack) for stack in stacks), strict=True)))
+                contexts = [photometry(*stack) for stack in zip(frames, valids, strict=True)]
+                if noise is not None:
+                    contexts = [c._replace(noise=n) for c, n in zip(contexts, noise, strict=True)]
+                stacks = zip(frames, focus_dpt, kappa, valids, contexts, strict=True)
+                priors = (sweep_prior(*stack, context=context) for *stack, context in stacks)
+                prior = Prior(*map(torch.cat, zip(*priors, strict=True)))
             swept, swept_error_px = prior.inverse_depth_dpt, prior.error_px
             cost, smooth = mean_2x2(prior.cost), mean_2x2(prior.total)
             least, typical = cost.amin(1, keepdim=True), cost.mean(1, keepdim=True)
@@ -231,6 +250,8 @@ class DefaultNet(nn.Module):
             local = F.avg_pool2d(local, (1, 9), 1, (0, 4), count_include_pad=False)
             local = local + 0.05 * prior.brightness
             edges = prior.sharp * (prior.brightness / GREY) / local - 1.0
+            grain = (prior.noise / (prior.brightness * local)).sqrt()  # of shot noise in one pixel's contrast
+            grain = (grain + 1e-3).log() + 4.0
 
         # local contrast, normalised alike in all frames of a stack
         contrast = (frames / local[:, :, None]).sub_(1.0).flatten(0, 1).contiguous(memory_format=torch.channels_last)
@@ -248,7 +269,7 @@ class DefaultNet(nn.Module):
         mixed = F.leaky_relu_(mixed, 0.1).mT.unflatten(2, half)
         last = features.permute(0, 1, 3, 4, 2)  # over frames as they lie in memory: several times as fast
         pooled = [over(1).permute(0, 3, 1, 2) for over in (last.mean, last.amax)]
-        signs = [least - 0.7, typical - 1.5, error_px.log()]
+        signs = [least - 0.7, typical - 1.5, error_px.log(), grain[..., ::2, ::2]]
         with torch.autocast(frames.device.type, torch.bfloat16, enabled=self.bf16):
             x1 = self.stem(_beside(mixed, *pooled, *signs))
             x2 = self.down2(x1)
@@ -275,7 +296,7 @@ class DefaultNet(nn.Module):
         away_px = (opinion - swept) * px_per_dpt
         signs = [edges, spread_px, swept_error_px.log(), torch.tanh(away_px), torch.tanh(away_px / 6)]
         around = self._cost_around(prior.cost, swept, opinion, hypotheses)
-        fine = self.fine(_beside(F.pixel_shuffle(context, 2), *signs, *around.split(1, 1)))
+        fine = self.fine(_beside(F.pixel_shuffle(context, 2), *signs, *around.split(1, 1), grain))
         follow, beyond, doubt = self.answer(fine).contiguous().split(1, 1)
         inverse_depth = swept + torch.sigmoid(follow) * (opinion - swept)
         inverse_depth = inverse_depth + self.FINE_BOUND_PX * torch.tanh(beyond / self.FINE_BOUND_PX) / px_per_dpt
@@ -444,9 +465,10 @@ class PaperNet(nn.Module):
         valid: Tensor | None = None,
         prior: Prior | None = None,
         *,
+        noise: Tensor | None = None,
         with_aif: bool = True,
     ) -> NetworkOutput:
-        """As `DefaultNet.forward`; the last four are not used, the published network knows no optics."""
+        """As `DefaultNet.forward`; the last five are not used, the published network knows no optics."""
         raw = self.raw(frames, 1.0 / focus_dpt.clamp_min(1e-2))
         inverse_depth = 1.0 / self.depth_m(raw).clamp_min(self.near_m)
         return NetworkOutput(inverse_depth, torch.full_like(inverse_depth, torch.nan), raw[:, :3].clamp(0.0, 1.0))

@@ -114,7 +114,7 @@ def predict(
     if isinstance(model.net, DefaultNet):
         quiet, context = quietened(frames, partly, context)
         prior = sweep_prior(quiet, focus_dpt, kappa, partly, context=context, evidence=evidence)
-        prior = Prior(*[*map(_padded, prior[:-1]), prior.brightness])
+        prior = Prior(*map(_padded, prior.maps), *prior.scalars)
         output = model.net(_padded(quiet)[None], *rest, prior, with_aif=False)
     else:
         output = model.net(_padded(frames)[None], *rest)

@@ -72,7 +72,7 @@ class TrainConfig(BaseModel):
 
 
 # of the shipped weights; configs/train/default.yaml spells it out
-RECIPE = TrainConfig(steps=11000, restart_steps=(3000, 4600, 7000), scenes=4000)
+RECIPE = TrainConfig(steps=16500, restart_steps=(3000, 4600, 7000, 11000, 15000), scenes=4000)
 NOT_PART_OF_THE_RESULT = {"accumulate", "checkpoint_seconds", "checkpoint_every", "keep_states", "log_every"}
 EXTENDABLE = {"steps"}  # a run may be made longer or shorter while it is under way
 
@@ -206,7 +206,7 @@ def depth_pictures(net: nn.Module, batch: StackBatch) -> dict[str, Tensor]:
     batch = batch.to(next(net.parameters()).device)
     assert batch.inverse_depth_dpt is not None
     with torch.inference_mode():
-        output = net(batch.frames, batch.focus_dpt, batch.kappa)
+        output = net(batch.frames, batch.focus_dpt, batch.kappa, noise=batch.noise)
     both = torch.cat([batch.inverse_depth_dpt, output.inverse_depth_dpt], 3)
     low, high = batch.inverse_depth_dpt.amin(), batch.inverse_depth_dpt.amax()
     return {"wanted_and_found": ((both - low) / (high - low)).clamp(0, 1), "aif": output.aif.clamp(0, 1).sqrt()}
@@ -220,7 +220,7 @@ def validate(model: nn.Module, batches: list[StackBatch]) -> dict[str, float]:
         assert batch.inverse_depth_dpt is not None
         assert batch.aif is not None
         with torch.inference_mode():
-            output = model(batch.frames, batch.focus_dpt, batch.kappa)
+            output = model(batch.frames, batch.focus_dpt, batch.kappa, noise=batch.noise)
         kappa = batch.kappa.mean(1)[:, None, None, None]
         error = ((output.inverse_depth_dpt - batch.inverse_depth_dpt) * kappa).abs()
         errors.append(error[torch.isfinite(error)])
@@ -245,7 +245,7 @@ def calibrate_spread(model: nn.Module, batches: list[StackBatch]) -> dict[str, f
     device = next(model.parameters()).device
     for batch in (batch.to(device) for batch in batches):
         with torch.inference_mode():
-            output = model(batch.frames, batch.focus_dpt, batch.kappa)
+            output = model(batch.frames, batch.focus_dpt, batch.kappa, noise=batch.noise)
         assert batch.inverse_depth_dpt is not None
         for b, kappa in enumerate(batch.kappa):
             depth, truth = output.inverse_depth_dpt[b, 0], batch.inverse_depth_dpt[b, 0]
@@ -344,7 +344,8 @@ def fit(
                     apart = isinstance(model, nn.parallel.DistributedDataParallel) and turn < config.accumulate - 1
                     with model.no_sync() if apart else nullcontext():  # type: ignore[operator]
                         optics = batch.focus_dpt, batch.kappa
-                        output = model(batch.frames, *optics, prior=batch.prior, with_aif=batch.aif is not None)
+                        asked = {"prior": batch.prior, "noise": batch.noise, "with_aif": batch.aif is not None}
+                        output = model(batch.frames, *optics, **asked)
                         terms = task.terms(output, batch)
                         _check_finite(terms, step, run)
                         (weight * torch.stack(list(terms)).sum()).backward()

@@ -52,6 +52,10 @@ def train_command(
     if recipe is not None and stacks:
         raise UsageError("--recipe trains on simulated stacks; leave the captured ones out")
     if recipe == "refinement":
+        if (preset, init) != ("default", "default") or device not in ("auto", "cpu"):
+            raise UsageError(
+                "--recipe refinement trains a network of its own on CPUs; leave --preset, --init and --device out"
+            )
         print(_train_refinement(config, steps, out, pool or out / "pool", dry_run=dry_run))
         return
     from reconstruct.device import pick_device

@@ -8,7 +8,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from reconstruct.network import DefaultNet, PaperNet, build, place_hypotheses
-from reconstruct.plane_sweep import hypotheses, plane_sweep
+from reconstruct.plane_sweep import hypotheses, plane_sweep, quietened
 from reconstruct.predict import predict, wrap
 
 
@@ -92,6 +92,21 @@ def test_brightness_does_not_matter():
         one, two = net(frames, focus, kappa), net(0.2 * frames, focus, kappa)
     assert torch.allclose(one.inverse_depth_dpt, two.inverse_depth_dpt, atol=1e-3)
     assert torch.allclose(0.2 * one.aif, two.aif, atol=1e-3)
+
+
+def test_training_sees_the_noise_that_inference_sees():
+    """Frames are quietened for both; how noisy they were captured is told, for it can no longer be measured."""
+    frames, focus, kappa = stack_of(4)
+    captured = (0.3 + 0.05 * torch.randn_like(frames[0])).clamp(0, 1)
+    net = awake(DefaultNet())
+    quiet, context = quietened(captured)
+    with torch.inference_mode():
+        told, untold = (
+            net(quiet[None], focus, kappa, noise=noise).inverse_depth_dpt[0, 0] for noise in (context.noise[None], None)
+        )
+        wanted = predict(wrap(net, {}, "net"), captured, focus[0], kappa[0]).inverse_depth_dpt
+    assert (told - wanted).abs().max() < 1e-5
+    assert (untold - wanted).abs().max() > 1e-4
 
 
 def test_untrained_default_is_the_plane_sweep():

@@ -353,7 +353,7 @@ def test_two_processes_learn_what_one_learns_and_a_killed_one_comes_back(tmp_pat
 
 @pytest.fixture(scope="module")
 def stack_file(tmp_path_factory, pool):
-    scene = ScenePool(pool, 5, 64)[3]
+    scene = ScenePool(pool, 5, 64)[2]
     frames = np.square(scene.frames[::3].astype(np.float32) / 65535)
     lens = Lens(focal_length_m=0.05, f_number=2.0, pixel_pitch_m=1e-4)
     path = tmp_path_factory.mktemp("stacks") / "scene.h5"
@@ -426,7 +426,8 @@ def test_evidence_is_gathered_once_and_turns_with_the_picture(tmp_path, stack_fi
     assert len({tuple(picture[:, 0, 0].tolist()) for picture in batch.frames[:, 0]}) > 2
     with torch.inference_mode():
         kept = net(batch.frames, batch.focus_dpt, batch.kappa, prior=batch.prior).inverse_depth_dpt
-        anew = net(batch.frames, batch.focus_dpt, batch.kappa).inverse_depth_dpt
+        noise = batch.prior.noise.flatten()
+        anew = net(batch.frames, batch.focus_dpt, batch.kappa, noise=noise).inverse_depth_dpt
     off_px = (kept - anew).abs() * batch.kappa.mean()
     assert off_px.median() < 0.01
     assert (off_px > 0.1).float().mean() < 0.01
@@ -558,6 +559,8 @@ def test_memory_grows_with_the_batch():
         ([], "name the stacks"),
         (["--recipe", "nonsense"], "default or refinement"),
         (["x.h5", "--recipe", "default"], "leave the captured ones out"),
+        (["--recipe", "refinement", "--device", "cuda"], "leave --preset, --init and --device out"),
+        (["--recipe", "refinement", "--preset", "paper"], "leave --preset, --init and --device out"),
         (["x.h5", "--preset", "odd"], "default or paper"),
         (["x.h5", "--device", "cuda"], "no CUDA device"),
         (["x.h5", "--init", "missing.safetensors"], "missing"),
