@@ -13,8 +13,7 @@ To judge that, one frame of every stack is withheld from refinement and training
 blurring an all-in-focus image through the predicted depth, decides whether the adapted network is better than its
 start. That image is fitted to the other frames, depth fixed: an image fused from them holds foreground light smeared
 over the background, so a smoothed or otherwise wrong depth predicts better with it than the truth does. The
-judge is blind to small changes of depth, so a network that gains less than LEAST_GAIN, or than the stacks disagree by,
-is not kept.
+judge is blind to small changes of depth, so a network that gains less than chance may (`reliably_lower`) is not kept.
 
 What reads the frames (READING) stays as thousands of scenes have trained it: training it too makes a step an eighth
 longer and gains nothing. And what is kept goes only KEPT_CHANGE of the way from the start's weights to the learned ones
@@ -87,7 +86,7 @@ IMAGE_STEPS = 8  # of the image that predicts a withheld frame
 KEPT_CHANGE = 0.75  # of the learned change of weights: most of its gain and half of its harm elsewhere
 IMAGE_HEAD = ("sharp", "sharp_gain", "touch")  # parts of `DefaultNet` that only its image depends on
 READING = ("encoder", "profile", "mix", "place")  # and those next to its inputs
-LEAST_GAIN = 0.03  # share of the withheld error; below it the sign was right for 5 of 16 stacks (two networks)
+LEAST_GAIN = 0.03  # share of one stack's withheld error; below it the sign was right for 5 of 16 (two networks)
 
 FROM_NOTHING = FINETUNE.model_copy(
     update={
@@ -420,10 +419,13 @@ class Adaptation:
 
 
 def reliably_lower(before: Sequence[float], after: Sequence[float]) -> bool:
-    """Whether `after` is lower than `before` by a mean ratio beyond its standard error, paired; and by LEAST_GAIN."""
+    """Whether `after` is lower than `before`, paired, by a mean ratio that chance does not explain.
+
+    That is beyond its standard error, and beyond LEAST_GAIN of one stack, as it falls in a mean of several.
+    """
     change = np.log(np.asarray(after) / np.asarray(before))
-    doubt = change.std(ddof=1) / np.sqrt(len(change)) if len(change) > 1 else 0.0
-    return bool(change.mean() + max(doubt, LEAST_GAIN) < 0)
+    spread = max(LEAST_GAIN, change.std(ddof=1) if len(change) > 1 else 0.0)
+    return bool(change.mean() + spread / np.sqrt(len(change)) < 0)
 
 
 def adapt(
