@@ -145,7 +145,7 @@ class DefaultNet(nn.Module):
        the error to expect of it (no weights).
     2. *Features*: a shared encoder sees each frame; per hypothesis the frames are averaged with weights that are a
        learned function of the signed CoC c alone. Any S, any order.
-    3. A U-Net at half resolution reads all of it in context.
+    3. A U-Net at half resolution reads all of it in context, and how much noise hides there.
     4. A distribution over hypotheses: softmax of the evidence plus a *bounded residual*. A softmax cannot die.
     5. Its mean, brought to full size by convex upsampling, is a second opinion. A few convolutions at full size decide
        pixel by pixel how far the plane sweep's answer moves towards it, and by some bounded pixels of CoC beyond.
