@@ -12,8 +12,8 @@ mixtures, 1.01 without).
 To judge that, one frame of every stack is withheld from refinement and training alike. How well it is predicted, by
 blurring an all-in-focus image through the predicted depth, decides whether the adapted network is better than its
 start. That image is fitted to the other frames, depth fixed: an image fused from them holds foreground light smeared
-over the background, so a smoothed or otherwise wrong depth predicts better with it than the truth does. The
-judge is blind to small changes of depth, so a network that gains less than chance may (`reliably_lower`) is not kept.
+over the background, so a smoothed or otherwise wrong depth predicts better with it than the truth does. The judge is
+blind to small changes of depth, so a network that gains less than chance may (`reliably_lower`) is not kept.
 
 What reads the frames (READING) stays as thousands of scenes have trained it: training it too makes a step an eighth
 longer and gains nothing. And what is kept goes only KEPT_CHANGE of the way from the start's weights to the learned ones

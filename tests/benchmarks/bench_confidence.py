@@ -1,6 +1,6 @@
 """How much could a confidence know? What the surest 70 % of the network's pixels spare, ranked by the truth and less.
 
-    python -m tests.benchmarks confidence        (three minutes)
+    python -m tests.benchmarks confidence        (two minutes)
 
 The 15 RGB-D scenes, DSLR optics. `own` ranks by the network's confidence. The other columns rank by the true error
 itself: averaged over a square window around each pixel, and last pixel by pixel, which nothing can beat. A confidence
@@ -56,8 +56,10 @@ def main(argv: list[str]) -> None:
         rows = {n: cuts(network, foundation_stack(half_size_scene(n), "dslr", condition)) for n in scene_names()}
         answers[condition] = rows
         print(f"\n{condition}: the error falls by, when 70 % are kept by (goal {GOAL})")
-        print(f"{'':16}" + "".join(f"{name:>8}" for name in next(iter(rows.values()))))
-        mean = {name: float(np.mean([row[name] for row in rows.values()])) for name in next(iter(rows.values()))}
+        mean = {
+            by: float(np.mean([row[by] for row in rows.values()])) for by in ("own", *map("{} px".format, WINDOWS_PX))
+        }
+        print(f"{'':16}" + "".join(f"{by:>8}" for by in mean))
         for name, row in {**rows, "mean": mean}.items():
             print(f"{name:16}" + "".join(f"{value:8.2f}" for value in row.values()), flush=True)
     RESULT.parent.mkdir(exist_ok=True)
