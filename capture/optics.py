@@ -34,6 +34,7 @@ NOTES_FOCUS_M = (1.0, 1.5, 2.5, 4.0, 6.0)
 SUBPIXELS = 4  # the image is interpolated once to this many samples a pixel, then read by nearest neighbour
 UNITS = 64  # disparities are int16 in 1/64 px
 HOLE = 32767  # int16 disparity of a pixel that sees nothing
+BLACK = 0.01  # linear light: a black pixel has the shot noise of this much
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Condition:
 
     Attributes:
         psf: shape of the aperture; every one has the second moment of the disc, (coc / 4)^2 per axis.
-        noise_std: noise of a white pixel in linear light; variance = noise_std^2 * (signal + 0.01).
+        noise_std: noise of a white pixel in linear light; variance = noise_std^2 * (signal + BLACK).
         bits: 8 or 16 for sRGB-encoded integers, None for linear float32.
         breathing: relative change of image scale from the farthest to the nearest focus setting.
         focus_error: standard deviation of the relative error of the reported focus distances.
@@ -253,13 +254,13 @@ def breathing_magnification(focus_dpt: NDArray[np.float64], breathing: float) ->
 def expose(
     linear: NDArray[np.float32], rng: np.random.Generator, noise_std: float, bits: Literal[8, 16] | None
 ) -> NDArray[Any]:
-    """The sensor's answer to `linear` light: noise of variance noise_std^2 * (signal + 0.01), then quantisation.
+    """The sensor's answer to `linear` light: noise of variance noise_std^2 * (signal + BLACK), then quantisation.
 
     Returns sRGB-encoded uint8 or uint16, or linear float32 when `bits` is None.
     """
     if noise_std > 0:
         noise = rng.standard_normal(linear.shape, dtype=np.float32)
-        linear = linear + np.float32(noise_std) * np.sqrt(np.maximum(linear, 0) + np.float32(0.01)) * noise
+        linear = linear + np.float32(noise_std) * np.sqrt(np.maximum(linear, 0) + np.float32(BLACK)) * noise
     if bits is None:
         return np.clip(linear, 0, 1).astype(np.float32)
     return to_srgb8(linear) if bits == 8 else to_srgb16(linear)

@@ -31,7 +31,7 @@ from torch import Tensor
 from capture.alignment import align_stack
 from capture.errors import DataError
 from capture.lens import LensProfile
-from capture.optics import ApertureRenderer, Psf, Quality
+from capture.optics import ApertureRenderer, Psf, Quality, expose
 from capture.scenes import Scene, srgb_to_linear
 from capture.stack import FocalStack
 from reconstruct import remote, result
@@ -419,8 +419,7 @@ def training_stack(
     if rng.random() < 0.3:
         image = image * (1 + rng.normal(0, 0.01, (frames, 1, 1, 1))).astype(np.float32)
     noise_std = float(np.exp(rng.uniform(np.log(0.001), np.log(0.06))))
-    image = image + noise_std * np.sqrt(image + np.float32(0.01)) * rng.standard_normal(image.shape, dtype=np.float32)
-    image = np.clip(image, 0, 1)
+    image = expose(image, rng, noise_std, bits=None)
     if rng.random() < 0.6:  # 8 bit, in a gamma close to sRGB
         image = (np.rint(image ** np.float32(1 / 2.2) * 255) / np.float32(255)) ** np.float32(2.2)
     focus = scene.focus_dpt[chosen]

@@ -15,11 +15,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from capture.optics import BLACK
 from reconstruct.fusion import filled_frames
 
 REACH_PX = 2
 SIGMA_PX = 1.0  # of the weights' fall with distance
-BLACK = 0.01  # linear light added before the square root, which gives dark and bright pixels the same noise
 BAND_PX = 1 << 14  # pixels worked on at once: what they need stays in a CPU's cache
 GPU_BAND_PX = 1 << 21
 

@@ -27,7 +27,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from reconstruct.denoise import BLACK, denoised
+from capture.optics import BLACK
+from reconstruct.denoise import denoised
 from reconstruct.estimate import Estimate
 from reconstruct.fusion import channel_noise_variance, filled_frames, fuse, noise_variance, usable_mask
 from reconstruct.smoothing import box_mean, edge_aware_mean, mirrored

@@ -33,7 +33,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from reconstruct.denoise import BLACK, root_of
+from capture.optics import BLACK
+from reconstruct.denoise import root_of
 from reconstruct.estimate import Estimate
 from reconstruct.fusion import fuse
 from reconstruct.losses import edge_aware_smoothness

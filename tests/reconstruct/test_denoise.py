@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from capture.optics import BLACK
 from reconstruct import denoise
-from reconstruct.denoise import BLACK, REACH_PX, SIGMA_PX, denoised, root_of
+from reconstruct.denoise import REACH_PX, SIGMA_PX, denoised, root_of
 
 GRAIN = 0.02**2
 
