@@ -182,7 +182,7 @@ def test_trains_from_the_command_line_and_again_the_same(tmp_path, pool):
 
 def test_the_plan_is_told(tmp_path):
     result = CliRunner().invoke(app, ["train", "--recipe", "refinement", "-o", str(tmp_path / "run"), "--dry-run"])
-    assert "540 simulated stacks" in result.stdout
+    assert "775 simulated stacks" in result.stdout
     assert not (tmp_path / "run").exists()
 
 
