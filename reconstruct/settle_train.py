@@ -1,7 +1,8 @@
 """Trains the network that ends a refinement (`settle.py`): simulated stacks are refined, and their truth is known.
 
 `daif train --recipe refinement` makes the shipped weights: the stacks take some ten seconds each, are kept in the pool
-and are not made again; learning from them takes about an hour.
+and are not made again; learning from them takes about an hour. What each part of the network learned is kept in the
+run, so an interrupted run goes on with the next part.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -37,7 +38,7 @@ LOG_EVERY = 20
 LEAST_ERROR_PX = 0.05  # a stack's errors count relative to its start's, and to no less than this
 LEAST_DOUBT_PX = 0.01  # added to every error that the std is learned from
 UNTOLD_SHARE = 0.1  # of the crops: the start does not say how sure it is
-UNSEEN_SHARE = 0.1  # of the signs, for a member in training: without that it learns the stacks by heart
+UNSEEN_SHARE = 0.1  # of the signs, for a member in training: it shall not rely on single ones
 
 
 class SettleRecipe(BaseModel):
@@ -132,17 +133,19 @@ def train_settling(recipe: SettleRecipe, run: Path, pool: Path) -> Path:
     own = [Ending(x.signs(), x.candidates_px(), x.start(), true_px) for x, true_px in closings]
     torch.manual_seed(recipe.seed)
     net = SettlingNet(recipe.width, recipe.members)
-    for index, member in enumerate(net.members):
-        learn_to_choose(member, own, np.random.default_rng([recipe.seed, 6, index]), recipe)
-    learn_to_doubt(net, own, np.random.default_rng([recipe.seed, 7]), recipe)
     about = {
-        "preset": "settle",
         "teacher": "supervised by simulated truth; no captured stack, no photograph with depth",
         "data": f"procedural scenes; textures: drawn patterns and scikit-image's {', '.join(PHOTOGRAPHS)}",
         "started_from": load_network("default", torch.device("cpu")).identity,
         "recipe": recipe.model_dump(),
-        "validation": validate(net, held_out),
     }
+    for index, member in enumerate(net.members):
+        rng = np.random.default_rng([recipe.seed, 6, index])
+        learn = partial(learn_to_choose, member, own, rng, recipe)
+        _once(learn, member, run / "parts" / f"member-{index}.safetensors", about)
+    learn = partial(learn_to_doubt, net, own, np.random.default_rng([recipe.seed, 7]), recipe)
+    _once(learn, net.doubt, run / "parts" / "doubt.safetensors", about)
+    about = {"preset": "settle", **about, "validation": validate(net, held_out)}
     save_weights(run / "settle.safetensors", net.state_dict(), about)
     return run / "settle.safetensors"
 
@@ -175,6 +178,18 @@ def learn_to_doubt(net: SettlingNet, own: Sequence[Ending], rng: np.random.Gener
         return laplace_surprise((depths_px.mean(0) - crops.true_px).abs() + LEAST_DOUBT_PX, std_px).mean()
 
     _descend(net.doubt, surprise, recipe)
+
+
+def _once(learn: Callable[[], None], part: nn.Module, path: Path, about: dict[str, Any]) -> None:
+    """Let `part` learn, unless an earlier start of the same run has kept in `path` what it learned."""
+    about = {"preset": "part of settle", **about}
+    if path.with_suffix(".json").exists():
+        tensors, known = load_weights(path, "part of settle")
+        if about.items() <= known.items():
+            part.load_state_dict(tensors)
+            return
+    learn()
+    save_weights(path, part.state_dict(), about)
 
 
 def _descend(part: nn.Module, loss_of: Callable[[], Tensor], recipe: SettleRecipe) -> None:

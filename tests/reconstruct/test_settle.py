@@ -17,7 +17,7 @@ from reconstruct.metrics import confidence_errors
 from reconstruct.plane_sweep import plane_sweep
 from reconstruct.refine import RefineConfig, refine
 from reconstruct.settle import OFFERS, SIGNS, WEIGHTS, SettlingNet, load_settling, settle, stay
-from reconstruct.settle_train import SettleRecipe, read_closing, refined_stack
+from reconstruct.settle_train import SettleRecipe, learn_to_choose, read_closing, refined_stack, train_settling
 from tests.reconstruct.test_refine import Stack
 
 TINY = SettleRecipe(
@@ -178,6 +178,31 @@ def test_trains_from_the_command_line_and_again_the_same(tmp_path, pool):
     assert first[1]["validation"] == again[1]["validation"]
     untrained = SettlingNet(TINY.width, TINY.members).state_dict()
     assert {name: x.shape for name, x in untrained.items()} == {name: x.shape for name, x in first[0].items()}
+
+
+def test_an_interrupted_run_goes_on_with_the_next_part(tmp_path, pool, monkeypatch):
+    """And ends as if it had not been interrupted; what another recipe learned is of no use to it."""
+    chosen = []
+
+    def counted(member, *rest):
+        chosen.append(member)
+        learn_to_choose(member, *rest)
+
+    def interrupted(*_):
+        raise InterruptedError
+
+    monkeypatch.setattr(settle_train, "learn_to_choose", counted)
+    with monkeypatch.context() as broken:
+        broken.setattr(settle_train, "learn_to_doubt", interrupted)
+        with pytest.raises(InterruptedError):
+            train_settling(TINY, tmp_path, pool)
+    assert len(chosen) == TINY.members
+    resumed = train_settling(TINY, tmp_path, pool)
+    assert len(chosen) == TINY.members
+    whole, again = (load_weights(path, "settle")[0] for path in (pool.parent / "run" / "settle.safetensors", resumed))
+    assert all(torch.equal(x, again[name]) for name, x in whole.items())
+    train_settling(TINY.model_copy(update={"steps": 2}), tmp_path, pool)
+    assert len(chosen) == 2 * TINY.members
 
 
 def test_the_plan_is_told(tmp_path):
