@@ -91,9 +91,9 @@ class Ending(NamedTuple):
 
 
 def refined_stack(recipe: SettleRecipe, pool: Path, index: int) -> Path:
-    """Simulate stack `index` and refine it; the end of that is kept in `pool`."""
-    by_sweep = index >= recipe.scenes
-    name = f"{'sweep' if by_sweep else 'network'}-{index:06d}.safetensors"
+    """Simulate stack `index` and refine it; the end of that is kept in `pool`, named after what it began from."""
+    network = None if index >= recipe.scenes else load_network("default", torch.device("cpu"))
+    name = f"{'sweep' if network is None else network.identity.replace(' ', '-')}-{index:06d}.safetensors"
     path = pool / f"seed{recipe.seed}-{recipe.stack_px}px-{recipe.refine_steps}" / name
     if path.with_suffix(".json").exists():
         return path
@@ -102,10 +102,7 @@ def refined_stack(recipe: SettleRecipe, pool: Path, index: int) -> Path:
     scene = render_scene((recipe.seed, index), recipe.scene_px)
     stack = training_stack(scene, rng, count, recipe.stack_px)
     frames, focus, kappa, true, _ = (torch.from_numpy(x) for x in stack)
-    if by_sweep:
-        start = plane_sweep(frames, focus, kappa)
-    else:
-        start = predict(load_network("default", frames.device), frames, focus, kappa)
+    start = plane_sweep(frames, focus, kappa) if network is None else predict(network, frames, focus, kappa)
     ends: list[Closing] = []
 
     def keep(closing: Closing) -> Settled:

@@ -15,6 +15,7 @@ from reconstruct.checkpoint import DEFAULT_WEIGHTS, load_weights
 from reconstruct.cli import app
 from reconstruct.metrics import confidence_errors
 from reconstruct.plane_sweep import plane_sweep
+from reconstruct.predict import load_network
 from reconstruct.refine import RefineConfig, refine
 from reconstruct.settle import OFFERS, SIGNS, WEIGHTS, SettlingNet, load_settling, settle, stay
 from reconstruct.settle_train import SettleRecipe, learn_to_choose, read_closing, refined_stack, train_settling
@@ -145,6 +146,7 @@ def test_a_stack_is_refined_once(pool):
     path = refined_stack(TINY, pool, 0)
     before = path.stat().st_mtime_ns
     assert len(list(pool.rglob("*.safetensors"))) == TINY.stacks
+    assert load_network("default", torch.device("cpu")).identity.split()[1] in path.name  # not others'
     assert refined_stack(TINY, pool, 0) == path
     assert path.stat().st_mtime_ns == before
 
