@@ -38,6 +38,7 @@ LOG_EVERY = 20
 LEAST_ERROR_PX = 0.05  # a stack's errors count relative to its start's, and to no less than this
 LEAST_DOUBT_PX = 0.01  # added to every error that the std is learned from
 UNTOLD_SHARE = 0.1  # of the crops: the start does not say how sure it is
+PART = "part of settle"  # preset of what an unfinished run keeps
 UNSEEN_SHARE = 0.1  # of the signs, for a member in training: it shall not rely on single ones
 
 
@@ -179,9 +180,9 @@ def learn_to_doubt(net: SettlingNet, own: Sequence[Ending], rng: np.random.Gener
 
 def _once(learn: Callable[[], None], part: nn.Module, path: Path, about: dict[str, Any]) -> None:
     """Let `part` learn, unless an earlier start of the same run has kept in `path` what it learned."""
-    about = {"preset": "part of settle", **about}
+    about = {"preset": PART, **about}
     if path.with_suffix(".json").exists():
-        tensors, known = load_weights(path, "part of settle")
+        tensors, known = load_weights(path, PART)
         if about.items() <= known.items():
             part.load_state_dict(tensors)
             return

@@ -1,7 +1,7 @@
 """What `refine` gains on the 15 RGB-D scenes, from the plane sweep's answer and from the network's.
 
     python -m tests.benchmarks refine        (three conditions, two starts, 15 scenes: an hour of one core)
-    python -m tests.benchmarks.bench_refine --conditions noisy --starts network --window 160 208    (three minutes)
+    python -m tests.benchmarks.bench_refine --conditions noisy --starts network --window 160 208    (ten minutes)
 
 Errors are in px of blur std (CoC / 4); the change is that of the mean error, the median error and the root mean square.
 "cut" is by how much the mean error falls when only the most confident 70 % of the pixels are kept, start and refined.
