@@ -55,9 +55,10 @@ from reconstruct.network import SWEEP, DefaultNet, NetworkOutput, PaperNet, Prio
 from reconstruct.plane_sweep import gather_evidence, plane_sweep, quietened
 from reconstruct.predict import TrainedNetwork, predict, wrap
 from reconstruct.refine import Misfit, refine
-from reconstruct.render import PsfShape, render_stack
+from reconstruct.render import render_stack
 from reconstruct.retake import altered, mixed, part_of, taken_again, within_sweep
 from reconstruct.settle import settle, stay
+from reconstruct.spectrum import PsfShape
 from reconstruct.train import TrainConfig, fit, is_first_process
 
 MAPS = ("inverse_depth_dpt", "std_dpt", "confidence", "aif")
@@ -280,7 +281,7 @@ def withheld_error(lesson: Lesson, estimate: Estimate) -> float:
     device = depth.device
     parts = (x.to(device) for x in (stack.frames, stack.focus_dpt, stack.kappa))
     misfit = Misfit(*parts, valid=stack.valid.to(device), psf=lesson.psf)
-    root = misfit.fitted(root_of(estimate.aif), depth, IMAGE_STEPS)
+    root, _ = misfit.fitted(root_of(estimate.aif), depth, IMAGE_STEPS)
     seen, target = full.valid[index].to(device), full.frames[index].to(device)
     one = Misfit(
         target[None],

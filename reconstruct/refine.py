@@ -28,6 +28,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -39,9 +40,17 @@ from reconstruct.estimate import Estimate
 from reconstruct.fusion import fuse
 from reconstruct.losses import edge_aware_smoothness
 from reconstruct.plane_sweep import Photometry, quietened
-from reconstruct.render import Hidden, Model, PsfShape, continued_behind, hidden_inverse_depth, render_stack
+from reconstruct.render import (
+    FixedDepth,
+    Hidden,
+    Model,
+    continued_behind,
+    hidden_inverse_depth,
+    render_stack,
+)
 from reconstruct.settle import Closing, Settled, settle, stay
 from reconstruct.smoothing import edge_aware_mean
+from reconstruct.spectrum import PsfShape
 
 logger = logging.getLogger(__name__)
 
@@ -201,6 +210,22 @@ class Misfit:
             floor_px=FLOOR_PX,
         )[0]
 
+    def at(self, inverse_depth_dpt: Tensor, *, hidden: bool) -> Callable[[Tensor], Tensor]:
+        """What calling this with images and always the same depth gives, in less time; images with what is `hidden`?"""
+        if self.model != "occlusion":
+            return partial(self, inverse_depth_dpt=inverse_depth_dpt)
+        behind = hidden_inverse_depth(inverse_depth_dpt[None, None], self.kappa[None])[0, 0] if hidden else None
+        render = FixedDepth(
+            inverse_depth_dpt,
+            self.focus_dpt,
+            self.kappa,
+            hidden_dpt=behind,
+            psf=self.psf,
+            gaussian_gain=GAUSSIAN_GAIN,
+            floor_px=FLOOR_PX,
+        )
+        return lambda root: self._compared(render(*(root.square() - BLACK).split(3)))
+
     def with_hidden(self, root: Tensor, inverse_depth_dpt: Tensor) -> Tensor:
         """`root` (3, H, W) and a first guess of what near edges hide, (6, H, W); `fitted` improves both."""
         hidden_dpt = hidden_inverse_depth(inverse_depth_dpt[None, None], self.kappa[None])[0, 0]
@@ -208,7 +233,10 @@ class Misfit:
 
     def __call__(self, root: Tensor, inverse_depth_dpt: Tensor) -> Tensor:
         """Charbonnier difference of every rendered value, (S, 3, H, W), 0 where the frames hold no data."""
-        difference = root_of(self.rendered(root, inverse_depth_dpt)) - self.target
+        return self._compared(self.rendered(root, inverse_depth_dpt))
+
+    def _compared(self, rendered: Tensor) -> Tensor:
+        difference = root_of(rendered) - self.target
         return ((difference.square() + CHARBONNIER**2).sqrt() - CHARBONNIER) * self.weight
 
     @torch.no_grad()
@@ -225,15 +253,17 @@ class Misfit:
         """The all-in-focus image that the frames show at this depth, (3, H, W), linear."""
         return fuse(self.frames, self.focus_dpt, self.kappa, inverse_depth_dpt, std_dpt, valid=self.usable)
 
-    def fitted(self, root: Tensor, inverse_depth_dpt: Tensor, steps: int) -> Tensor:
-        """`root` after `steps` towards the image that suits this depth best, (3, H, W)."""
+    def fitted(self, root: Tensor, inverse_depth_dpt: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+        """`root` after `steps` towards the image that suits this depth best, and what calling this then gives."""
         root = root.detach().clone().requires_grad_()
+        misfit = self.at(inverse_depth_dpt, hidden=len(root) > 3)
         descent = ImageDescent(root, self)
         for _ in range(steps):
-            loss = self(root, inverse_depth_dpt).sum() / self.values
+            loss = misfit(root).sum() / self.values
             (gradient,) = torch.autograd.grad(loss, root)
             descent.step(gradient, float(loss.detach()))
-        return root.detach()
+        with torch.no_grad():
+            return root.detach(), misfit(root)
 
 
 class ImageDescent:
@@ -332,9 +362,8 @@ class _Refinement:
     def _shifted(self, by_px: float) -> tuple[Tensor, Tensor]:
         """The image a step closer to what suits the depth so much nearer, and the misfit of every pixel, (H, W)."""
         depth_dpt = (self.depth_px.detach() + by_px) * self.dpt_per_px
-        root = self.misfit.fitted(self.root, depth_dpt, 1)
-        with torch.no_grad():
-            return root, self.misfit(root, depth_dpt).mean((0, 1))
+        root, left = self.misfit.fitted(self.root, depth_dpt, 1)
+        return root, left.mean((0, 1))
 
     @torch.no_grad()
     def fit_lens(self) -> None:
@@ -422,9 +451,8 @@ class _Refinement:
         depth_dpt, window = depth_px * self.dpt_per_px, window_px or self.config.window_px
         if self.misfit.model == "occlusion":  # without light for what near edges hide, truth would not win beside them
             root = self.misfit.with_hidden(root.detach(), depth_dpt)
-        root = self.misfit.fitted(root, depth_dpt, self.config.trial_steps)
-        with torch.no_grad():
-            left = self.misfit(root, depth_dpt).mean((0, 1))
+        root, left = self.misfit.fitted(root, depth_dpt, self.config.trial_steps)
+        left = left.mean((0, 1))
         return root[:3], functional.avg_pool2d(left[None], window, 1, window // 2, count_include_pad=False)[0]
 
     def best(self, conclude: Callable[[Closing], Settled]) -> Estimate:

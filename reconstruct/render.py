@@ -13,6 +13,7 @@ Four models (`notes/forward-model.md` has the evidence):
 
       out_k = sum_l B_kl(I w_l) / sum_l B_kl(w_l).
 
+  A frame's layers are summed *before* the inverse transform: L + S transforms for L x S blurs.
   It was meant to be the default. But on 15 whole noise-free stacks with real hidden background, whose image was fitted
   from the plane sweep's, the true depth beat the plane sweep and a smoothed truth 0 times under it and 12 times under
   `occlusion`. `python -m tests.benchmarks forward_model` asks harder: noise, edges only, the network's answer too.
@@ -20,11 +21,8 @@ Four models (`notes/forward-model.md` has the evidence):
   smoothed depth; it serves the plane sweep only.
 - `published`: the operator of DEReD (arXiv 2303.10752, `notes/method.md` section 3), exact to its formula.
 
-Blurs are products in the frequency domain, so their cost does not depend on the width, nothing is truncated, any point
-spread function with a transfer function will do, and the derivative by the width is a product too. A frame's layers are
-summed *before* the inverse transform: L + S transforms for L x S blurs. The Gaussian is the discrete one
-(Lindeberg 1990), exp(t (cos w - 1)) per axis: positive, of variance exactly t, and the identity at t = 0, so that
-blur has a smooth derivative through focus.
+Blurs are products in the frequency domain (`spectrum.py`), so their cost does not depend on the width and nothing is
+truncated.
 """
 
 from __future__ import annotations
@@ -32,7 +30,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import count, groupby
 from typing import Any, Literal, NamedTuple
 
@@ -43,50 +40,21 @@ from torch.nn import functional
 
 from capture.lens import coc_diameter_px
 from reconstruct.smoothing import gaussian_mean
+from reconstruct.spectrum import TAIL_SIGMAS, Psf, PsfShape, Spectrum, spectrum_of
 
 Model = Literal["scatter", "occlusion", "gather", "published"]
-PsfShape = Literal["disc", "gaussian"]
 
 LAYER_STEP_PX = 2.5  # CoC diameter between layers: 0.6 to 0.7 px of blur std (notes/forward-model.md, "Cost")
 MAX_LAYERS = 48
 TILE_PX = 300  # side of the tiles that large images are rendered in: bounded memory, warm caches
 OCCLUSION_TILE_PX = 280  # the same for occlusion, which holds every layer of a tile three times
 PUBLISHED_TILE_PX = 128  # the same for the published operator, which holds all frames of a tile
-TAIL_SIGMAS = 4.5  # a Gaussian's reach: 7e-6 of its mass lies beyond
 LEAST_WEIGHT = 1e-3  # of a layer and everything behind it, below which it has no colour
 SCALE_KNEE, SCALE_RATIO = 0.3, 1.5  # of the gather's blur levels (notes/performance.md 1.1, last row)
 GATHER_REACHES = 5  # side of its tiles: it holds three colours of every level
 NARROW_PX = 32  # halo below which a narrower one saves less than its transforms cost
 EXTRA_LEVEL = (3, -3, 1)  # of the first three levels: the one before them, on their parabola
-DISCS_BYTES = 48e6  # transfer functions of discs that are remembered for each size of image
-WHOLE_DISC_BYTES = 4e5  # up to this size as they are used, else a quarter of them
 KEPT_BYTES = 128e6  # blurred layers or levels up to this size are kept for the way back, not made again
-
-
-@dataclass(frozen=True)
-class Psf:
-    """Shape of the blur of a point, as a function of the circle of confusion.
-
-    Attributes:
-        shape: `disc` is the uniform disc of the CoC's diameter, anti-aliased; `gaussian` has std = `gain` x diameter.
-        gain: std of the Gaussian per px of CoC diameter. 1/4 has the disc's second moment, 0.27 matches real
-            disc blur best (design section 2).
-        floor_px: std of the Gaussian that sensor and diffraction add to every blur, in quadrature.
-    """
-
-    shape: PsfShape = "disc"
-    gain: float = 0.27
-    floor_px: float = 0.3
-
-    def reach_px(self, coc_px: float) -> int:
-        """Distance beyond which a point blurred to diameter `coc_px` leaves no light."""
-        if self.shape == "disc":
-            return math.ceil(coc_px / 2 + TAIL_SIGMAS * self.floor_px + 2)
-        return math.ceil(TAIL_SIGMAS * math.hypot(self.gain * coc_px, self.floor_px) + 2)
-
-    def gaussian_variance(self, coc_px: Tensor) -> Tensor:
-        """Variance of the Gaussian in px^2."""
-        return (self.gain * coc_px).square() + self.floor_px**2
 
 
 class Hidden(NamedTuple):
@@ -213,223 +181,6 @@ def continued_behind(image: Tensor, inverse_depth_dpt: Tensor, hidden_dpt: Tenso
     return torch.where(weight > LEAST_WEIGHT, light / weight.clamp_min(LEAST_WEIGHT), image)
 
 
-# --- frequency domain -----------------------------------------------------------------------------------------------
-
-
-def _fast_length(length: int) -> int:
-    """Smallest even length >= `length` with no prime factor above 7: transforms of it are fast."""
-    length += length % 2
-    while True:
-        rest = length
-        for prime in (2, 3, 5, 7):
-            while rest % prime == 0:
-                rest //= prime
-        if rest == 1:
-            return length
-        length += 2
-
-
-class Spectrum:
-    """The frequencies of a real (height, width) transform, and the transfer functions on them.
-
-    Spectra are kept as real tensors (..., h, w + 2), real and imaginary parts alternating: transfer functions are
-    real here, and multiplying by them is then plain arithmetic.
-    """
-
-    def __init__(self, height: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.height, self.width = height, width
-        self.dtype, self.device = dtype, device
-        rows = torch.fft.fftfreq(height, dtype=torch.float64)
-        columns = torch.fft.rfftfreq(width, dtype=torch.float64)
-        # cos w - 1 per axis: half the discrete Laplacian
-        self.bend_rows = (torch.cos(2 * math.pi * rows) - 1)[:, None].to(device, dtype)
-        self.bend_columns = (torch.cos(2 * math.pi * columns) - 1).repeat_interleave(2)[None].to(device, dtype)
-        # Parseval on half a spectrum: the inner columns stand for two
-        twice = torch.full((columns.numel(),), 2.0, dtype=torch.float64)
-        twice[0] = twice[-1] = 1.0
-        self.parseval = (twice / (height * width)).repeat_interleave(2).to(device, dtype)
-        self.cos_rows = _Cosines(rows[: height // 2 + 1].abs(), dtype, device)
-        self.cos_columns = _Cosines(columns, dtype, device)
-        # a refinement asks for the same discs again and again
-        plane_bytes = height * (width + 2) * dtype.itemsize
-        self.whole_discs = plane_bytes <= WHOLE_DISC_BYTES
-        room = int(DISCS_BYTES / plane_bytes) * (1 if self.whole_discs else 4)
-        self._remembered = lru_cache(maxsize=max(room, 1))(self._disc_transfer)
-
-    def zeros(self, *leading: int) -> Tensor:
-        """A spectrum of nothing, (*leading, h, w + 2)."""
-        return torch.zeros((*leading, self.height, self.width + 2), dtype=self.dtype, device=self.device)
-
-    def forward(self, image: Tensor, values: int | None = None) -> Tensor:
-        """Spectrum of `image` (..., h, w), which is padded with zeros to the full size; the first `values` columns."""
-        if values is None:
-            return torch.view_as_real(torch.fft.rfft2(image, s=(self.height, self.width))).flatten(-2)
-        lines = torch.fft.rfft(image, n=self.width)[..., : values // 2]
-        return torch.view_as_real(torch.fft.fft(lines, n=self.height, dim=-2)).flatten(-2)
-
-    def inverse(self, spectrum: Tensor, rows: slice, columns: slice) -> Tensor:
-        """These rows and columns of the image (..., h, w) with this spectrum, whose last columns may be left out."""
-        planes = torch.view_as_complex(spectrum.unflatten(-1, (-1, 2)))
-        planes = planes.reshape(-1, *planes.shape[-2:])
-        out = spectrum.new_empty(len(planes), rows.stop - rows.start, columns.stop - columns.start)
-        together = 1 if self.device.type == "cpu" else len(planes)  # one plane at a time stays in the cache
-        for part, target in zip(planes.split(together), out.split(together), strict=True):
-            lines = torch.fft.ifft(part, dim=-2)[:, rows]
-            target.copy_(torch.fft.irfft(lines, n=self.width)[..., columns])
-        return out.view(*spectrum.shape[:-2], *out.shape[1:])
-
-    def transfer(self, coc_px: Tensor, psf: Psf) -> Tensor:
-        """Transfer functions (n, h, w + 2) of blurs with CoC diameters `coc_px` (n,)."""
-        if psf.shape == "gaussian":
-            variance = psf.gaussian_variance(coc_px)[:, None, None]
-            return torch.exp(variance * self.bend_rows) * torch.exp(variance * self.bend_columns)
-        discs = torch.cat([self._remembered(coc, psf.floor_px) for coc in coc_px.tolist()])
-        return discs if self.whole_discs else self._spread(discs)
-
-    def _disc_transfer(self, coc_px: float, floor_px: float) -> Tensor:
-        """One disc's transfer function as it is remembered."""
-        disc, _ = self._disc(torch.tensor([coc_px], dtype=self.dtype, device=self.device))
-        upper = self._floored(disc, floor_px)
-        return self._spread(upper) if self.whole_discs else upper
-
-    def transfer_slope(self, coc_px: Tensor, psf: Psf) -> Tensor:
-        """Derivative of `transfer` by the CoC diameter."""
-        if psf.shape == "gaussian":
-            by_variance = (self.bend_rows + self.bend_columns) * self.transfer(coc_px, psf)
-            return by_variance.mul_((2 * psf.gain**2) * coc_px[:, None, None])
-        slopes = [self._floored(self._disc(coc, slope=True)[1], psf.floor_px) for coc in coc_px.split(1)]
-        return self._spread(torch.cat(slopes))
-
-    def _disc(self, coc_px: Tensor, slope: bool = False) -> tuple[Tensor, Tensor]:
-        """Transfer functions of anti-aliased discs on the upper rows, (n, h/2 + 1, w/2 + 1); perhaps their slopes.
-
-        The disc is cut into chords at height y with half-length x, y = r sin a and x = r cos a. What falls between
-        pixels is shared linearly by the nearest, so the transfer function of a point at y is that of the two pixels
-        around it, and that of a chord the integral of the same. All radii share one number of chords, that of the
-        largest; so each is asked for alone, or it would differ a little between frames, tiles and the way back.
-        """
-        radius, radius_slope = _disc_radius(coc_px)
-        angle = _chord_angles(float(radius.max()), coc_px)
-        height, half = radius[:, None] * angle.sin(), radius[:, None] * angle.cos()
-        share = angle.cos()
-        scale = 1 / (radius[:, None, None] * share.square().sum())
-        point, point_slope = self.cos_rows.interpolated(height)
-        chord, chord_slope = self.cos_columns.integrated(half)
-        point_share = point * (share[:, None] * scale)
-        disc = point_share.mT @ chord
-        if not slope:
-            return disc, disc
-        grown = (point_slope * (share * angle.sin())[:, None] * scale).mT @ chord
-        grown += point_share.mT @ (chord_slope * angle.cos()[:, None])
-        return disc, grown.sub_(disc / radius[:, None, None]).mul_(radius_slope[:, None, None])
-
-    def _floored(self, upper: Tensor, floor_px: float) -> Tensor:
-        """Upper rows (n, h/2 + 1, w/2 + 1) times the floor's Gaussian."""
-        upper = upper * torch.exp(floor_px**2 * self.bend_rows[: upper.shape[1]])
-        return upper.mul_(torch.exp(floor_px**2 * self.bend_columns[:, ::2]))
-
-    def _spread(self, upper: Tensor) -> Tensor:
-        """The whole plane (n, h, w + 2) from its upper rows (n, h/2 + 1, w/2 + 1)."""
-        whole = upper.new_empty(len(upper), self.height, self.width + 2)
-        rows = upper.shape[1]
-        whole[:, :rows, ::2] = upper
-        whole[:, :rows, 1::2] = upper
-        whole[:, rows:] = whole[:, 1 : self.height // 2].flip(1)
-        return whole
-
-    def gaussian(self, variance: float) -> Tensor:
-        """Transfer function (h, n) of the Gaussian of one variance; the last columns, which round to 0, left out."""
-        columns = torch.exp(variance * self.bend_columns)
-        values = int((columns > torch.finfo(self.dtype).eps).sum())  # it falls from column to column
-        return torch.exp(variance * self.bend_rows) * columns[:, :values]
-
-    def gaussian_of_ones(self, variance: float, tile: Tile) -> Tensor:
-        """What the Gaussian makes of 1 in the tile and its halo and 0 outside, within the tile, (h, w)."""
-        rows, columns = (self.bend_rows.new_ones(part.stop - part.start) for part in tile.wide)
-        rows = torch.fft.fft(rows, n=self.height) * torch.exp(variance * self.bend_rows[:, 0])
-        columns = torch.fft.rfft(columns, n=self.width) * torch.exp(variance * self.bend_columns[0, ::2])
-        down, across = torch.fft.ifft(rows).real, torch.fft.irfft(columns, n=self.width)
-        return down[tile.inner[0], None] * across[tile.inner[1]]
-
-
-class _Cosines:
-    """cos(2 pi f n) of whole pixels n, interpolated linearly between them and integrated from 0; for frequencies f."""
-
-    def __init__(self, frequencies: Tensor, dtype: torch.dtype, device: torch.device) -> None:
-        self.frequencies = frequencies
-        self.dtype, self.device = dtype, device
-        self.values = self.integral = torch.empty(0, 0)
-
-    def _cover(self, pixels: int) -> None:
-        if self.values.shape[0] < pixels:
-            n = torch.arange(2 * pixels, dtype=torch.float64)
-            values = torch.cos(2 * math.pi * n[:, None] * self.frequencies)
-            trapezia = (values[1:] + values[:-1]) / 2
-            integral = torch.cat([torch.zeros_like(values[:1]), trapezia.cumsum(0)])
-            self.values = values.to(self.device, self.dtype)
-            self.integral = integral.to(self.device, self.dtype)
-
-    def interpolated(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Values and slopes (n, m, f) at the distances `x` (n, m) in px."""
-        self._cover(int(x.max()) + 2)
-        cell = x.long()
-        low = self.values[cell]
-        slope = self.values[cell + 1] - low
-        return low + slope * (x - cell)[..., None], slope
-
-    def integrated(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Integrals from 0 to `x` and the values there, (n, m, f) each."""
-        self._cover(int(x.max()) + 2)
-        cell = x.long()
-        low = self.values[cell]
-        within = (x - cell)[..., None]
-        change = (self.values[cell + 1] - low).mul_(within)
-        return self.integral[cell] + within * (low + change / 2), low + change
-
-
-def _chord_angles(radius_px: float, like: Tensor) -> Tensor:
-    """Midpoints of enough equal parts of a right angle to render a disc of this radius smoothly."""
-    parts = 24 + 4 * math.ceil(radius_px)
-    return (torch.arange(parts, dtype=like.dtype, device=like.device) + 0.5) * (math.pi / 2 / parts)
-
-
-_RADIUS_TABLE_PX = 8.0
-
-
-@lru_cache(maxsize=1)
-def _radius_table() -> tuple[Tensor, Tensor]:
-    """Variance per axis of anti-aliased discs of radius 0 to _RADIUS_TABLE_PX: that of the disc and of the sharing."""
-    radius = torch.linspace(1e-6, _RADIUS_TABLE_PX, 1024, dtype=torch.float64)
-    place = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000
-    share = (1 - place**2).sqrt()  # length of the chord at `place` radii from the centre
-    x = radius[:, None] * place
-    within = x - x.floor()
-    return radius, ((x * x + within * (1 - within)) * share).sum(1) / share.sum()
-
-
-def _disc_radius(coc_px: Tensor) -> tuple[Tensor, Tensor]:
-    """Radius whose anti-aliased disc has the variance of the ideal one, (CoC / 4)^2, and its slope by the CoC.
-
-    Sharing light between whole pixels adds up to 1/6 px^2; without this, discs of a few pixels would look too wide
-    and the smallest would have a cusp at c = 0.
-    """
-    radii, variances = _radius_table()
-    radii, variances = radii.to(coc_px), variances.to(coc_px)
-    wanted = coc_px.square() / 16
-    cell = (torch.searchsorted(variances, wanted) - 1).clamp(0, len(radii) - 2)
-    slope = (radii[cell + 1] - radii[cell]) / (variances[cell + 1] - variances[cell])
-    radius = (radii[cell] + slope * (wanted - variances[cell])).clamp_min(1e-6)
-    beyond = wanted > variances[-1]
-    far = (radii[-1] ** 2 + 4 * (wanted - variances[-1]).clamp_min(0)).sqrt()
-    radius, slope = torch.where(beyond, far, radius), torch.where(beyond, 2 / far, slope)
-    return radius, slope * coc_px / 8
-
-
-@lru_cache(maxsize=8)
-def _spectrum(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Spectrum:
-    return Spectrum(_fast_length(height), _fast_length(width), dtype, device)
-
-
 # --- layers ---------------------------------------------------------------------------------------------------------
 
 
@@ -469,9 +220,10 @@ def _hat_slope(position: Tensor, layer: int) -> Tensor:
     return ((offset >= -1) & (offset < 0)).to(position.dtype) - ((offset >= 0) & (offset < 1)).to(position.dtype)
 
 
-def _used_layers(position: Tensor, count: int) -> range:
-    """Layers with any weight."""
-    return range(max(int(position.min()), 0), min(int(position.max()) + 2, count))
+def _used_layers(position: Tensor, count: int) -> list[int]:
+    """Layers with any weight, or any slope of it, far to near."""
+    cells = torch.bincount(position.long().flatten(), minlength=count).nonzero()[:, 0].tolist()
+    return sorted({layer for cell in cells for layer in (cell, cell + 1) if layer < count})
 
 
 def _layered(
@@ -519,10 +271,16 @@ class Tile:
         )
 
     @property
+    def wide_size(self) -> tuple[int, int]:
+        """Height and width of the rectangle and its halo."""
+        rows, columns = self.wide
+        return rows.stop - rows.start, columns.stop - columns.start
+
+    @property
     def whole(self) -> tuple[slice, slice]:
         """The rectangle and its halo within themselves."""
-        rows, columns = self.wide
-        return slice(0, rows.stop - rows.start), slice(0, columns.stop - columns.start)
+        height, width = self.wide_size
+        return slice(0, height), slice(0, width)
 
     def narrowed(self, reach: int) -> Tile:
         """The same rectangle with a halo of `reach` at most."""
@@ -555,7 +313,7 @@ def _tile_spectrum(tile: Tile, reach: int, like: Tensor) -> Spectrum:
     for proper, wide in ((tile.rows, tile.wide_rows), (tile.columns, tile.wide_columns)):
         haloed = proper.start - wide.start == reach == wide.stop - proper.stop
         lengths.append(wide.stop - wide.start + (0 if haloed else reach))
-    return _spectrum(lengths[0], lengths[1], like.dtype, like.device)
+    return spectrum_of(lengths[0], lengths[1], like.dtype, like.device)
 
 
 class _Scatter(torch.autograd.Function):
@@ -668,13 +426,14 @@ class _Occlusion(torch.autograd.Function):
             layers, spectra = _ordered_spectra(surfaces, tile, spectrum, n_layers)
             for k in range(n_frames):
                 front, kept = _Front(position[tile.proper]), []
-                for sheet in _blurred(spectra, spectrum, coc_px[k, layers], psf, tile):
-                    front.add(sheet)
+                light = aif.new_zeros(3, *front.weight.shape)
+                for blurred in _blurred(spectra, spectrum, coc_px[k, layers], psf, tile):
+                    light.addcmul_(blurred[:3], front.share(*blurred[3:]))
                     if keep:
-                        kept.append(sheet)
+                        kept.append(blurred)
                 if keep:
                     ctx.kept.append(kept)
-                out[(k, slice(None), *tile.proper)] = front.light / front.weight
+                out[(k, slice(None), *tile.proper)] = light / front.weight
             del spectra  # before the next tile's are made
         ctx.save_for_backward(coc_px, *surfaces)
         ctx.psf = psf
@@ -729,8 +488,8 @@ class _Occlusion(torch.autograd.Function):
         return None, grad_coc, *grads[:3], *given
 
 
-def _blurred(spectra: Tensor, spectrum: Spectrum, coc_px: Tensor, psf: Psf, tile: Tile) -> Iterator[Tensor]:
-    """One frame's sheets (5, h, w) within the tile, each blurred by its own CoC, near to far."""
+def _blurred(spectra: Iterable[Tensor], spectrum: Spectrum, coc_px: Tensor, psf: Psf, tile: Tile) -> Iterator[Tensor]:
+    """One frame's sheets (C, h, w) within the tile, each blurred by its own CoC, near to far."""
     for sheet, coc in zip(spectra, coc_px.split(1), strict=True):
         yield spectrum.inverse(sheet * spectrum.transfer(coc, psf), *tile.inner)
 
@@ -739,22 +498,48 @@ def _ordered_spectra(
     surfaces: Sequence[Tensor], tile: Tile, spectrum: Spectrum, count: int
 ) -> tuple[list[int], Tensor]:
     """Layers of the tile from near to far, and spectra (n, 5, h, w): colour, weight, weight from here on backwards."""
-    image, place, *hidden = (tensor[(..., *tile.wide)] for tensor in surfaces)
-    layers = list(_used_layers(torch.stack([place, *hidden[1:]]), count))[::-1]
+    around = [tensor[(..., *tile.wide)] for tensor in surfaces]
+    images, places = around[::2], around[1::2]
+    layers = _used_layers(torch.stack(places), count)[::-1]
     spectra = spectrum.zeros(len(layers), 5)
-    rest = torch.ones_like(place)
-    for index, layer in enumerate(layers):
-        hat = _hat(place, layer)
-        sheet = torch.cat([image * hat, hat[None], rest[None]])
-        if hidden:
-            share, hidden_hat, hidden_rest = _hidden_weights(place, hidden[1], layer)
-            weight = share * hidden_hat
-            sheet[:3].addcmul_(hidden[0], weight)
-            sheet[3] += weight
-            sheet[4].addcmul_(share, hidden_rest)
-        spectra[index] = spectrum.forward(sheet)
-        rest -= hat
+    for sheet, target in zip(_sheets(places, layers), spectra, strict=True):
+        light = _lit(images, sheet)
+        target.copy_(spectrum.forward(torch.cat([light, sheet.weight[None], sheet.rest[None]])))
     return layers, spectra
+
+
+class _Sheet(NamedTuple):
+    """What one layer holds of every surface, and what lies in it and behind it, (h, w) each."""
+
+    weights: list[Tensor]
+    rest: Tensor
+
+    @property
+    def weight(self) -> Tensor:
+        """Of all surfaces."""
+        return self.weights[0] if len(self.weights) == 1 else self.weights[0] + self.weights[1]
+
+
+def _sheets(places: Sequence[Tensor], layers: Sequence[int]) -> Iterator[_Sheet]:
+    """The `layers`, near to far; `places` are where the scene and perhaps what it hides lie, counted in layers."""
+    place, *hidden_place = places
+    rest = torch.ones_like(place)
+    for layer in layers:
+        hat = _hat(place, layer)
+        if hidden_place:
+            share, hidden_hat, hidden_rest = _hidden_weights(place, hidden_place[0], layer)
+            yield _Sheet([hat, share * hidden_hat], torch.addcmul(rest, share, hidden_rest))
+        else:
+            yield _Sheet([hat], rest)
+        rest = rest - hat
+
+
+def _lit(images: Sequence[Tensor], sheet: _Sheet) -> Tensor:
+    """The light of a sheet, (3, h, w)."""
+    light = images[0] * sheet.weights[0]
+    for image, weight in zip(images[1:], sheet.weights[1:], strict=True):
+        light.addcmul_(image, weight)
+    return light
 
 
 def _hidden_weights(place: Tensor, hidden_place: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -763,26 +548,122 @@ def _hidden_weights(place: Tensor, hidden_place: Tensor, layer: int) -> tuple[Te
     return share, _hat(hidden_place, layer), (layer + 1 - hidden_place).clamp_(0, 1)
 
 
+class FixedDepth:
+    """Occlusion at a depth that stays: renders any image, (S, 3, H, W), linear light, differentiable in the image.
+
+    Which share of a frame every blurred sheet has is a matter of depth alone, so it is found once. With it the stack is
+    linear in the image, out_k = sum_l G_kl B_kl(I w_l): three blurs a layer and frame instead of five.
+    Arguments as in `render_stack`, for one item of its batch: `inverse_depth_dpt` and, of what is hidden, `hidden_dpt`
+    are (H, W), `focus_dpt` and `kappa` (S,).
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        inverse_depth_dpt: Tensor,
+        focus_dpt: Tensor,
+        kappa: Tensor,
+        *,
+        hidden_dpt: Tensor | None = None,
+        psf: PsfShape = "disc",
+        gaussian_gain: float = 0.27,
+        floor_px: float = 0.3,
+        layer_step_px: float = LAYER_STEP_PX,
+    ) -> None:
+        self.psf = Psf(psf, gaussian_gain, floor_px)
+        depths = [inverse_depth_dpt] if hidden_dpt is None else [inverse_depth_dpt, hidden_dpt]
+        layers = Layers.spanning(torch.stack(depths), kappa, layer_step_px)
+        self.coc_px = coc_diameter_px(kappa[:, None], focus_dpt[:, None], layers.inverse_depth_dpt(kappa))
+        self.reach = self.psf.reach_px(float(self.coc_px.abs().max()))
+        height, width = inverse_depth_dpt.shape
+        tiles = _tiles(height, width, self.reach, least_px=OCCLUSION_TILE_PX)
+        places = [layers.position(depth) for depth in depths]
+        self.parts = [self._part(tile, [place[tile.wide] for place in places], layers.count) for tile in tiles]
+
+    def __call__(self, *images: Tensor) -> Tensor:
+        """The stack that this image (3, H, W), and perhaps that of what is hidden, would give."""
+        out: Tensor = _AtFixedDepth.apply(self, *images)
+        return out
+
+    def _part(self, tile: Tile, places: list[Tensor], count: int) -> _Part:
+        layers = _used_layers(torch.stack(places), count)[::-1]
+        sheets = list(_sheets(places, layers))
+        spectrum = _tile_spectrum(tile, self.reach, places[0])
+        spectra = [spectrum.forward(torch.stack([sheet.weight, sheet.rest])) for sheet in sheets]
+        here = places[0][tile.inner]
+        shares = here.new_empty(len(self.coc_px), len(layers), *here.shape)
+        for coc_px, of_frame in zip(self.coc_px, shares, strict=True):
+            front = _Front(here)
+            for blurred, share in zip(
+                _blurred(spectra, spectrum, coc_px[layers], self.psf, tile), of_frame, strict=True
+            ):
+                share.copy_(front.share(*blurred))
+            of_frame /= front.weight
+        return _Part(tile, spectrum, self.coc_px[:, layers], sheets, shares)
+
+
+class _Part(NamedTuple):
+    """A tile of a `FixedDepth`: CoC of every frame and sheet (S, n), the sheets, their shares G (S, n, h, w)."""
+
+    tile: Tile
+    spectrum: Spectrum
+    coc_px: Tensor
+    sheets: list[_Sheet]
+    shares: Tensor
+
+
+class _AtFixedDepth(torch.autograd.Function):
+    """A `FixedDepth` applied to images; the way back is the transpose."""
+
+    @staticmethod
+    def forward(ctx: Any, at: FixedDepth, *images: Tensor) -> Tensor:
+        out = images[0].new_zeros(len(at.coc_px), *images[0].shape)
+        for tile, spectrum, coc_px, sheets, shares in at.parts:
+            around = [image[(..., *tile.wide)] for image in images]
+            spectra = [spectrum.forward(_lit(around, sheet)) for sheet in sheets]
+            for k, frame in enumerate(out[(..., *tile.proper)]):
+                for blurred, share in zip(_blurred(spectra, spectrum, coc_px[k], at.psf, tile), shares[k], strict=True):
+                    frame.addcmul_(blurred, share)
+        ctx.at = at
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        at: FixedDepth = ctx.at
+        grads = [torch.zeros_like(grad_out[0]) for _ in ctx.needs_input_grad[1:]]
+        for tile, spectrum, coc_px, sheets, shares in at.parts:
+            placed = torch.zeros_like(grad_out[(0, slice(None), *tile.wide)])
+            for index, sheet in enumerate(sheets):
+                returned = spectrum.zeros(3)
+                for k, grad in enumerate(grad_out[(..., *tile.proper)]):
+                    torch.mul(grad, shares[k, index], out=placed[(..., *tile.inner)])
+                    returned.addcmul_(spectrum.forward(placed), spectrum.transfer(coc_px[k, index : index + 1], at.psf))
+                # light of the halo reaches the tile, so sources there get their share of the gradient
+                spread = spectrum.inverse(returned, *tile.whole)
+                for grad, weight in zip(grads, sheet.weights, strict=True):
+                    grad[(..., *tile.wide)].addcmul_(spread, weight)
+        return None, *grads
+
+
 class _Front:
-    """What has been composited so far, from the front."""
+    """How much weight has been composited so far, from the front, and what it leaves open."""
 
     def __init__(self, like: Tensor) -> None:
-        self.light = like.new_zeros(3, *like.shape)
-        self.weight = torch.zeros_like(like)
-        self.open = torch.ones_like(like)
+        self.weight, self.open = torch.zeros_like(like), torch.ones_like(like)
 
-    def add(self, blurred: Tensor) -> None:
-        """Put a blurred sheet (5, h, w) behind the rest."""
-        share = self.open / _behind(blurred)
-        self.light.addcmul_(blurred[:3], share)
-        seen = blurred[3] * share
+    def share(self, weight: Tensor, rest: Tensor) -> Tensor:
+        """What a sheet's blurred light counts behind all that; of its blurred weight, alone and from it backwards."""
+        share = self.open / _behind(rest)
+        seen = weight * share
         self.weight += seen
-        self.open -= seen
+        self.open = self.open - seen
+        return share
 
 
-def _behind(blurred: Tensor) -> Tensor:
+def _behind(rest: Tensor) -> Tensor:
     """E of a sheet, kept away from zero: where nothing of it nor behind it comes near, there is nothing to divide."""
-    return blurred[4].clamp_min(LEAST_WEIGHT)
+    return rest.clamp_min(LEAST_WEIGHT)
 
 
 def _front_backward(blurred: list[Tensor], grad_out: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -790,23 +671,21 @@ def _front_backward(blurred: list[Tensor], grad_out: Tensor) -> Iterator[tuple[i
 
     `grad_out` (3, h, w) is the gradient by the composited frame.
     """
-    front = _Front(grad_out[0])
-    opens = []
+    front, light, shares = _Front(grad_out[0]), torch.zeros_like(grad_out), []
     for sheet in blurred:
-        opens.append(front.open.clone())
-        front.add(sheet)
+        shares.append(front.share(*sheet[3:]))
+        light.addcmul_(sheet[:3], shares[-1])
     grad_light = grad_out / front.weight
-    grad_weight = (grad_light * front.light).sum(0).div_(front.weight).neg_()
+    grad_weight = (grad_light * light).sum(0).div_(front.weight).neg_()
     grad_open = torch.zeros_like(front.open)  # by what is open behind the sheet at hand
     for index in range(len(blurred) - 1, -1, -1):
-        sheet, behind = blurred[index], _behind(blurred[index])
-        share = opens[index] / behind
+        sheet, share = blurred[index], shares[index]
         net = grad_weight - grad_open
         by_share = (grad_light * sheet[:3]).sum(0).addcmul_(net, sheet[3])
         grad = torch.empty_like(sheet)
         torch.mul(grad_light, share, out=grad[:3])
         torch.mul(net, share, out=grad[3])
-        by_share /= behind
+        by_share /= _behind(sheet[4])
         torch.mul(by_share, share, out=grad[4]).neg_().mul_(sheet[4] > LEAST_WEIGHT)
         grad_open = grad_open + by_share
         yield index, grad
@@ -874,7 +753,7 @@ class _Gather(torch.autograd.Function):
             for levels, near, spectrum in _halos(tile, scales, aif):
                 returned = spectrum.zeros(3)
                 for level, variance in levels:
-                    seen = by_level[level].div_(spectrum.gaussian_of_ones(variance, near))
+                    seen = by_level[level].div_(spectrum.gaussian_of_ones(variance, near.wide_size, near.inner))
                     transfer = spectrum.gaussian(variance)
                     values = transfer.shape[1]
                     returned[..., :values].addcmul_(transfer, spectrum.forward(seen, values))
@@ -1001,7 +880,7 @@ def _levels(aif: Tensor, tile: Tile, scales: Scales) -> Tensor:
         for level, variance in levels:
             transfer = spectrum.gaussian(variance)
             spread = spectrum.inverse(source[..., : transfer.shape[1]] * transfer, *near.inner)
-            spread /= spectrum.gaussian_of_ones(variance, near)
+            spread /= spectrum.gaussian_of_ones(variance, near.wide_size, near.inner)
             table[level + 1] = spread.permute(1, 2, 0)
     table[0] = sum(share * level for share, level in zip(EXTRA_LEVEL, table[1:], strict=False))
     return table.view(-1, 3)

@@ -36,7 +36,8 @@ from reconstruct.estimate import Estimate
 from reconstruct.plane_sweep import plane_sweep
 from reconstruct.predict import load_network, predict
 from reconstruct.refine import Misfit
-from reconstruct.render import Model, PsfShape
+from reconstruct.render import Model
+from reconstruct.spectrum import PsfShape
 from tests.benchmarks import foundation_stacks
 from tests.benchmarks.foundation_stacks import (
     DSLR_MAX_COC_PX,
@@ -77,9 +78,7 @@ def best_misfit(
     root = root_of(start)
     if hidden and model == "occlusion":
         root = misfit.with_hidden(root, depth)
-    root = misfit.fitted(root, depth, STEPS)
-    with torch.no_grad():
-        return misfit(root, depth)
+    return misfit.fitted(root, depth, STEPS)[1]
 
 
 def hidden_share(stack: FoundationStack, taken: Condition) -> np.ndarray:

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from reconstruct.render import LEAST_WEIGHT, Model, PsfShape, render_stack
+from reconstruct.render import LEAST_WEIGHT, Model, render_stack
+from reconstruct.spectrum import PsfShape
 from tests.reconstruct import render_reference
 
 FRAMES = 5

@@ -10,7 +10,8 @@ from scipy import special
 from torch import Tensor
 from torch.nn import functional
 
-from reconstruct.render import Layers, Psf
+from reconstruct.render import Layers
+from reconstruct.spectrum import Psf
 
 
 def published_loops(image: Tensor, radius_px: Tensor, window: int) -> Tensor:

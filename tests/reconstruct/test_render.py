@@ -7,14 +7,15 @@ import torch
 
 import reconstruct.render as render_module
 from reconstruct.render import (
+    FixedDepth,
     Hidden,
     Layers,
-    Psf,
     continued_behind,
     hidden_inverse_depth,
     published_blur,
     render_stack,
 )
+from reconstruct.spectrum import Psf, Spectrum
 from tests.reconstruct import render_reference
 
 F64 = torch.float64
@@ -26,7 +27,7 @@ def scene(height=20, width=26, frames=3, seed=0):
     rng = torch.Generator().manual_seed(seed)
     aif = torch.rand(1, 3, height, width, generator=rng, dtype=F64)
     slant = torch.linspace(0.3, 0.8, width, dtype=F64).expand(height, width).clone()
-    slant[height // 4 : height // 2, width // 3 : width // 2] = 1.4
+    slant[height // 4 : height // 2, width // 3 : width // 2] = 1.8  # an empty layer lies behind it
     slant += 0.01 * torch.rand(height, width, generator=rng, dtype=F64)
     focus = torch.linspace(1.5, 0.25, frames, dtype=F64)[None]
     kappa = torch.full((1, frames), 6.0, dtype=F64) + torch.arange(frames, dtype=F64)
@@ -132,6 +133,28 @@ def test_hidden_background_gradcheck(psf):
 
     inputs = tuple(t.requires_grad_() for t in (aif, depth, focus, hidden.aif.clone()))
     assert torch.autograd.gradcheck(rendered, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("tiled", [False, True], ids=["whole", "tiled"])
+@pytest.mark.parametrize("psf", ["gaussian", "disc"])
+@pytest.mark.parametrize("with_hidden", [False, True], ids=["in sight", "hidden"])
+def test_a_fixed_depth_renders_what_any_depth_does(monkeypatch, with_hidden, psf, tiled):
+    """Values and gradients by the images, of two images in turn."""
+    if tiled:
+        monkeypatch.setattr(render_module, "_tiles", tiles_of_35)
+    aif, depth, focus, kappa = scene(50, 60, 2)
+    hidden = something_hidden(aif, depth)
+    behind = hidden.inverse_depth_dpt[0, 0] if with_hidden else None
+    at = FixedDepth(depth[0, 0], focus[0], kappa[0], hidden_dpt=behind, psf=psf)
+    for image in (aif, aif.flip(1)):
+        images = [image.requires_grad_(), *([hidden.aif.requires_grad_()] if with_hidden else [])]
+        expected = render_stack(image, depth, focus, kappa, psf=psf, hidden=hidden if with_hidden else None)[0]
+        found = at(*(x[0] for x in images))
+        assert relative(found, expected) < 1e-9
+        teacher = torch.rand(expected.shape, generator=torch.Generator().manual_seed(3), dtype=F64)
+        wanted, got = (torch.autograd.grad((out * teacher).sum(), images) for out in (expected, found))
+        for a, b in zip(got, wanted, strict=True):
+            assert relative(a, b) < 1e-9
 
 
 def test_what_is_hidden_at_a_pixel_s_own_depth_is_not_seen():
@@ -265,7 +288,7 @@ def test_gather_s_levels_with_halos_of_their_own_leave_no_seam(monkeypatch):
 @pytest.mark.parametrize("coc", [0.0, 0.3, 1.0, 2.0, 5.0, 12.0, 25.0, 80.0])
 def test_kernels_keep_energy_positivity_and_second_moment(psf, coc):
     reach = psf.reach_px(coc)
-    spectrum = render_module.Spectrum(4 * reach, 4 * reach, F64, torch.device("cpu"))
+    spectrum = Spectrum(4 * reach, 4 * reach, F64, torch.device("cpu"))
     transfer = spectrum.transfer(torch.tensor([coc], dtype=F64), psf)
     point = torch.zeros(2 * reach + 1, 2 * reach + 1, dtype=F64)
     point[reach, reach] = 1
