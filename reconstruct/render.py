@@ -453,7 +453,7 @@ class _Occlusion(torch.autograd.Function):
             spectrum = _tile_spectrum(tile, reach, aif)
             layers, spectra = _ordered_spectra(surfaces, tile, spectrum, n_layers)
             returned = torch.zeros_like(spectra)
-            placed = aif.new_zeros(5, *position[tile.wide].shape)
+            placed = spectrum.blank(5)
             for k in range(n_frames):
                 blurred = ctx.kept[k] if ctx.kept else list(_blurred(spectra, spectrum, coc_px[k, layers], psf, tile))
                 for index, grad in _front_backward(blurred, grad_out[(k, slice(None), *tile.proper)]):
@@ -633,7 +633,7 @@ class _AtFixedDepth(torch.autograd.Function):
         at: FixedDepth = ctx.at
         grads = [torch.zeros_like(grad_out[0]) for _ in ctx.needs_input_grad[1:]]
         for tile, spectrum, coc_px, sheets, shares in at.parts:
-            placed = torch.zeros_like(grad_out[(0, slice(None), *tile.wide)])
+            placed = spectrum.blank(3)
             for index, sheet in enumerate(sheets):
                 returned = spectrum.zeros(3)
                 for k, grad in enumerate(grad_out[(..., *tile.proper)]):

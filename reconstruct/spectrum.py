@@ -19,6 +19,7 @@ from torch import Tensor
 PsfShape = Literal["disc", "gaussian"]
 
 TAIL_SIGMAS = 4.5  # a Gaussian's reach: 7e-6 of its mass lies beyond
+TOGETHER_BYTES = 2e6  # of spectra that a CPU transforms back at once: they stay in its cache
 DISCS_BYTES = 48e6  # transfer functions of discs that are remembered for each size of image
 WHOLE_DISC_BYTES = 4e5  # up to this size as they are used, else a quarter of them
 
@@ -93,6 +94,10 @@ class Spectrum:
         """A spectrum of nothing, (*leading, h, w + 2)."""
         return torch.zeros((*leading, self.height, self.width + 2), dtype=self.dtype, device=self.device)
 
+    def blank(self, channels: int) -> Tensor:
+        """A black image of the full size, (channels, h, w)."""
+        return torch.zeros((channels, self.height, self.width), dtype=self.dtype, device=self.device)
+
     def forward(self, image: Tensor, values: int | None = None) -> Tensor:
         """Spectrum of `image` (..., h, w), which is padded with zeros to the full size; the first `values` columns."""
         if values is None:
@@ -104,19 +109,25 @@ class Spectrum:
         """These rows and columns of the image (..., h, w) with this spectrum, whose last columns may be left out."""
         planes = torch.view_as_complex(spectrum.unflatten(-1, (-1, 2)))
         planes = planes.reshape(-1, *planes.shape[-2:])
-        out = spectrum.new_empty(len(planes), rows.stop - rows.start, columns.stop - columns.start)
-        together = 1 if self.device.type == "cpu" else len(planes)  # one plane at a time stays in the cache
-        for part, target in zip(planes.split(together), out.split(together), strict=True):
-            lines = torch.fft.ifft(part, dim=-2)[:, rows]
-            target.copy_(torch.fft.irfft(lines, n=self.width)[..., columns])
+        together = max(1, int(TOGETHER_BYTES / planes[0].nbytes)) if self.device.type == "cpu" else len(planes)
+        if together >= len(planes):
+            out = self._back(planes, rows, columns)
+        else:
+            out = spectrum.new_empty(len(planes), rows.stop - rows.start, columns.stop - columns.start)
+            for part, target in zip(planes.split(together), out.split(together), strict=True):
+                target.copy_(self._back(part, rows, columns))
         return out.view(*spectrum.shape[:-2], *out.shape[1:])
+
+    def _back(self, planes: Tensor, rows: slice, columns: slice) -> Tensor:
+        return torch.fft.irfft(torch.fft.ifft(planes, dim=-2)[:, rows], n=self.width)[..., columns]
 
     def transfer(self, coc_px: Tensor, psf: Psf) -> Tensor:
         """Transfer functions (n, h, w + 2) of blurs with CoC diameters `coc_px` (n,)."""
         if psf.shape == "gaussian":
             variance = psf.gaussian_variance(coc_px)[:, None, None]
             return torch.exp(variance * self.bend_rows) * torch.exp(variance * self.bend_columns)
-        discs = torch.cat([self._remembered(coc, psf.floor_px) for coc in coc_px.tolist()])
+        every = [self._remembered(coc, psf.floor_px) for coc in coc_px.tolist()]
+        discs = every[0] if len(every) == 1 else torch.cat(every)
         return discs if self.whole_discs else self._spread(discs)
 
     def _disc_transfer(self, coc_px: float, floor_px: float) -> Tensor:
