@@ -38,7 +38,7 @@ from reconstruct import remote, result
 from reconstruct.device import own_share
 from reconstruct.network import Prior
 from reconstruct.optics import optics_of
-from reconstruct.plane_sweep import quietened
+from reconstruct.plane_sweep import quietened, relative_exposure
 
 PHOTOGRAPHS = (
     "astronaut",
@@ -563,7 +563,7 @@ def _mapped(folder: Path) -> CapturedStack:
 
 
 def load_captured(path: str | Path, profile: LensProfile | None = None) -> CapturedStack:
-    """The stack at `path`, aligned and reduced to training size.
+    """The stack at `path`, aligned, brought to one exposure and reduced to training size.
 
     Raises DataError if the stack cannot be trusted or does not align.
     """
@@ -588,6 +588,7 @@ def load_captured(path: str | Path, profile: LensProfile | None = None) -> Captu
         aligned = np.stack([alignment.apply(frame, i) for i, frame in enumerate(small)])
         valid = np.repeat(alignment.valid_mask()[None], stack.n_frames, axis=0)
         frames = torch.from_numpy(np.ascontiguousarray(aligned.transpose(0, 3, 1, 2)))
+        frames *= relative_exposure(frames.mean(1))[:, None, None, None]
         focus = torch.as_tensor(optics.focus_dpt, dtype=torch.float32)
         if optics.kappa_px_per_dpt is None:
             from reconstruct.plane_sweep import estimate_gain

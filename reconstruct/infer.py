@@ -31,7 +31,7 @@ from reconstruct.estimate import Estimate
 from reconstruct.fusion import channel_noise_variance, filled_frames, fuse
 from reconstruct.methods import METHODS, Network, PlaneSweep
 from reconstruct.optics import StackOptics, optics_of
-from reconstruct.plane_sweep import Evidence, Photometry, quietened
+from reconstruct.plane_sweep import Evidence, Photometry, quietened, relative_exposure
 from reconstruct.result import Reconstruction
 
 Report = Callable[[str, float], None]  # (what is being done, share of the whole so far)
@@ -41,6 +41,7 @@ GRID_PX = 16  # tiles start on multiples of it, as the network's halvings do
 BLUR_HALO_PX = 48  # around a tile that is compared: half the widest blur, and what its rings and windows reach
 FUSE_HALO_PX = 32  # around a tile that is fused: the reach of its bands and windows
 TILE_PX = 768  # side of a tile's core, working pixels; smaller where memory is short
+UNEVEN = 0.05  # differences of brightness that are worth a warning, the share of notes/calibration.md
 READ_PX = 1 << 20  # full-size pixels read at a time where they are reduced at once
 
 
@@ -134,10 +135,11 @@ def reconstruct(
     focus, gain = (torch.as_tensor(v, dtype=torch.float32, device=device) for v in (optics.focus_dpt, kappa / step))
     sweep = PlaneSweep(focus, gain)
     method = Network(focus, gain, settings.weights) if settings.method == "network" else sweep
-    brightness = float(overview.frames.mean())
+    exposure = overview.exposure()
+    brightness = float((overview.frames.mean((1, 2, 3)) * exposure).mean())
 
     def compute(tile_px: int) -> tuple[_Fields, _Fields | None]:
-        picture = _Picture(stack, alignment, step, device, memory.Scratch(plan.scratch_bytes))
+        picture = _Picture(stack, alignment, exposure, step, device, memory.Scratch(plan.scratch_bytes))
         clock.lap("read frames")
         method.context = sweep.context = picture.photometry(brightness)
         fields = _estimate_tiled(picture, method, settings.refine_steps, tile_px, progress)
@@ -146,16 +148,18 @@ def reconstruct(
         clock.lap("estimate")
         if step > 1:
             del picture
-            fields = _carry_up(stack, alignment, fields, optics.focus_dpt, kappa, step, tile_px, device, progress)
+            sharp = _Picture(stack, alignment, exposure, 1, device, memory.Scratch(0))
+            fields = _carry_up(sharp, fields, optics.focus_dpt, kappa, step, tile_px, progress)
             clock.lap("full size")
         return fields, baseline
 
     fields, baseline = _within_memory(compute, plan, stack)
     progress("done", 1.0)
     description = {**method.description, "refine_steps": settings.refine_steps}
-    answer = _assemble(stack, optics, alignment, kappa, step, fields, clock, description)
+    taken = stack, optics, alignment, exposure, kappa, step
+    answer = _assemble(*taken, fields, clock, description)
     if baseline is not None:
-        answer.baseline = _assemble(stack, optics, alignment, kappa, step, baseline, clock, sweep.description)
+        answer.baseline = _assemble(*taken, baseline, clock, sweep.description)
     return answer
 
 
@@ -203,6 +207,10 @@ class Overview:
 
     frames: NDArray[np.float32]
     factor: int
+
+    def exposure(self) -> NDArray[np.float32]:
+        """Factor per frame, (S,), that brings all to one exposure."""
+        return relative_exposure(torch.from_numpy(self.frames.mean(-1))).numpy()
 
 
 def read_overview(stack: FocalStack) -> Overview:
@@ -279,16 +287,23 @@ def _working_step(stack: FocalStack, optics: StackOptics, settings: Settings) ->
 
 
 class _Picture:
-    """The aligned frames of a stack at the working scale.
+    """The aligned frames of a stack at the working scale, brought to one exposure.
 
     Reduced ones are kept, because making them reads the whole stack; at full size every region is read when it is
     needed.
     """
 
     def __init__(
-        self, stack: FocalStack, alignment: Alignment, step: int, device: torch.device, scratch: memory.Scratch
+        self,
+        stack: FocalStack,
+        alignment: Alignment,
+        exposure: NDArray[np.float32],
+        step: int,
+        device: torch.device,
+        scratch: memory.Scratch,
     ) -> None:
         self.stack, self.alignment, self.step, self.device, self.scratch = stack, alignment, step, device, scratch
+        self.exposure = exposure
         self.height, self.width = stack.height // step, stack.width // step
         self.gathered: _Gathered | None = None  # by the first method that needs it; it serves all alike
         self.kept: NDArray[np.float32] | None = None
@@ -296,6 +311,7 @@ class _Picture:
             self.kept = scratch.empty((stack.n_frames, self.height, self.width, 3))
             for i, out in enumerate(self.kept):
                 _reduce(_aligned(stack, alignment), i, step, out)
+                out *= exposure[i]
 
     def read(self, rows: slice, cols: slice) -> tuple[Tensor, Tensor]:
         """A region of all frames, (S, 3, h, w), and where each holds data, (S, h, w)."""
@@ -304,6 +320,7 @@ class _Picture:
         else:
             read = _aligned(self.stack, self.alignment)
             frames = np.stack([read(i, rows, cols) for i in range(self.stack.n_frames)])
+            frames *= self.exposure[:, None, None, None]
         tensor = torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous().to(self.device)
         return tensor, torch.from_numpy(self.alignment.seen(rows, cols, self.step)).to(self.device)
 
@@ -405,23 +422,20 @@ def _less_sure(estimate: Estimate, everywhere: Tensor) -> Estimate:
 
 
 def _carry_up(
-    stack: FocalStack,
-    alignment: Alignment,
+    picture: _Picture,
     small: _Fields,
     focus_dpt: NDArray[np.float64],
     kappa: NDArray[np.float64],
     step: int,
     tile_px: int,
-    device: torch.device,
     progress: Report,
 ) -> _Fields:
-    """Working-scale maps at full size: depth follows the edges of the sharp image, which is fused at full size."""
-    height, width = stack.height, stack.width
+    """Working-scale maps at full size: depth follows the edges of the sharp image, which is fused from `picture`."""
+    height, width, device = picture.height, picture.width, picture.device
     fields = _Fields.empty(height, width)
     radius = 2 * step
     tiles = _tiles(height, width, tile_px, FUSE_HALO_PX + 2 * radius)
     focus, gain = (torch.as_tensor(v, dtype=torch.float32, device=device) for v in (focus_dpt, kappa))
-    picture = _Picture(stack, alignment, 1, device, memory.Scratch(0))
     noise = channel_noise_variance(filled_frames(*picture.read(_middle(height), _middle(width)))[0])
     for done, tile in enumerate(tiles):
         progress("full size", 0.7 + 0.3 * done / len(tiles))
@@ -481,6 +495,7 @@ def _assemble(
     stack: FocalStack,
     optics: StackOptics,
     alignment: Alignment,
+    exposure: NDArray[np.float32],
     kappa: NDArray[np.float64],
     step: int,
     fields: _Fields,
@@ -489,6 +504,12 @@ def _assemble(
 ) -> Reconstruction:
     std_dpt = _with_calibration_error(fields, optics) if optics.metric else fields.std_dpt
     intrinsics = optics.intrinsics
+    warnings = list(optics.warnings)
+    if np.ptp(exposure) > UNEVEN:
+        warnings.append(
+            f"brightness differs between frames by {100 * np.ptp(exposure):.0f} % (evened out): lock exposure and "
+            "white balance before the next sweep, and avoid lamps that flicker"
+        )
     residual = float(np.nanmax(alignment.residual_px)) if np.isfinite(alignment.residual_px).any() else None
     record = {
         "format": "daif-reconstruction/1",
@@ -506,11 +527,12 @@ def _assemble(
             "shifts_px": alignment.shifts_px.tolist(),
             "residual_px": [None if np.isnan(r) else float(r) for r in alignment.residual_px],
         },
+        "exposure_factors": exposure.tolist(),
         "working_scale": 1 / step,
         "seconds": clock.seconds,
         "cpu_seconds": clock.cpu_seconds,
         "summary": {"alignment_residual_px": residual, "seconds": sum(clock.seconds.values())},
-        "warnings": list(optics.warnings),
+        "warnings": warnings,
     }
     return Reconstruction(
         name=stack.path.name.removesuffix(".partial").removesuffix(".h5"),

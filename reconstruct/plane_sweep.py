@@ -47,6 +47,7 @@ GREY = 0.25  # mean brightness that pictures are brought to before their edges a
 COARSE_NOISE_SHARE = 0.4  # costs 15 noisy scenes 0.1 %; blank walls in JPEGs lose most of their hatch
 LEAST_SEEN = 1e-3  # pairs of frames per pixel of a window; less is rounding
 DETAIL_NOISE_SHARE = 1 - 3 / (4 * math.pi * DETAIL_SIGMA_PX**2)  # of white noise's variance in that
+MOST_DRIFT = 0.2  # of exposure between frames
 CPU_STRIP, GPU_STRIP = 1 << 24, 1 << 27  # values smoothed at once
 
 
@@ -500,13 +501,13 @@ def relative_exposure(luma: Tensor) -> Tensor:
     """Factor per frame, (S,), that brings all frames of `luma` (S, H, W) to one exposure.
 
     Defocus moves light by a few pixels only, so block means far larger than the blur differ by exposure alone; the
-    median of their ratios ignores the blocks where something else happened. Corrections beyond 10 % are not made:
+    median of their ratios ignores the blocks where something else happened. Corrections beyond MOST_DRIFT are not made:
     such frames differ by more than exposure.
     """
     blocks = F.adaptive_avg_pool2d(luma[None], (min(8, luma.shape[1]), min(8, luma.shape[2])))[0].flatten(1)
     target = blocks.median(0).values
     ratio = (target[None] / blocks.clamp_min(1e-4)).median(1).values
-    return ratio.clamp(0.9, 1.1)
+    return ratio.clamp(1 / (1 + MOST_DRIFT), 1 + MOST_DRIFT)
 
 
 class BlurLevels:
