@@ -507,8 +507,8 @@ def _assemble(
     warnings = list(optics.warnings)
     if np.ptp(exposure) > UNEVEN:
         warnings.append(
-            f"brightness differs between frames by {100 * np.ptp(exposure):.0f} % (evened out): lock exposure and "
-            "white balance before the next sweep, and avoid lamps that flicker"
+            f"brightness differs between frames by {100 * np.ptp(exposure):.0f} % and was evened out; unless the lens "
+            "does this as it focuses close, lock the exposure before the next sweep and avoid lamps that flicker"
         )
     residual = float(np.nanmax(alignment.residual_px)) if np.isfinite(alignment.residual_px).any() else None
     record = {

@@ -40,14 +40,7 @@ from reconstruct.estimate import Estimate
 from reconstruct.fusion import fuse
 from reconstruct.losses import edge_aware_smoothness
 from reconstruct.plane_sweep import Photometry, quietened
-from reconstruct.render import (
-    FixedDepth,
-    Hidden,
-    Model,
-    continued_behind,
-    hidden_inverse_depth,
-    render_stack,
-)
+from reconstruct.render import FixedDepth, Hidden, Model, continued_behind, hidden_inverse_depth, render_stack
 from reconstruct.settle import Closing, Settled, settle, stay
 from reconstruct.smoothing import edge_aware_mean
 from reconstruct.spectrum import PsfShape
@@ -211,7 +204,7 @@ class Misfit:
         )[0]
 
     def at(self, inverse_depth_dpt: Tensor, *, hidden: bool) -> Callable[[Tensor], Tensor]:
-        """What calling this with images and always the same depth gives, in less time; images with what is `hidden`?"""
+        """What calling this with images and always this depth gives, in less time; do they hold what is `hidden`?"""
         if self.model != "occlusion":
             return partial(self, inverse_depth_dpt=inverse_depth_dpt)
         behind = hidden_inverse_depth(inverse_depth_dpt[None, None], self.kappa[None])[0, 0] if hidden else None
