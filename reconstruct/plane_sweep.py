@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,8 +32,7 @@ from reconstruct.denoise import denoised
 from reconstruct.estimate import Estimate
 from reconstruct.fusion import channel_noise_variance, filled_frames, fuse, noise_variance, usable_mask
 from reconstruct.smoothing import box_mean, edge_aware_mean, mirrored
-
-Psf = Literal["disc", "gaussian"]
+from reconstruct.spectrum import PsfShape
 
 LEVEL_RATIO = 1.4  # neighbouring blur levels; a mix of two has the exact second moment in between
 FINEST_LEVEL_PX = 1.0
@@ -67,7 +66,7 @@ class SweepConfig:
 
     hypotheses: int = 32
     beyond_px: float = 2.0
-    psf: Psf = "disc"
+    psf: PsfShape = "disc"
     window_px: int = 5
     small_step: float = 0.2
     jump: float = 3.0
@@ -445,7 +444,7 @@ def cost_volume(
     hypotheses_dpt: Tensor,
     *,
     valid: Tensor | None = None,
-    psf: Psf = "disc",
+    psf: PsfShape = "disc",
     window_px: int = 5,
     context: Photometry | None = None,
 ) -> Tensor:
@@ -513,7 +512,7 @@ def relative_exposure(luma: Tensor) -> Tensor:
 class BlurLevels:
     """The detail in the frames of one stack, blurred by a ladder of discs; each made when asked for and kept."""
 
-    def __init__(self, luma: Tensor, largest_px: float, psf: Psf) -> None:
+    def __init__(self, luma: Tensor, largest_px: float, psf: PsfShape) -> None:
         self.luma = luma
         self.diameters_px = [0.0, FINEST_LEVEL_PX]
         while self.diameters_px[-1] < largest_px:
@@ -564,7 +563,7 @@ def _fast_length(length: int) -> int:
 
 
 @lru_cache(maxsize=64)
-def _transfer(height: int, width: int, diameter_px: float, psf: Psf, device: str) -> Tensor:
+def _transfer(height: int, width: int, diameter_px: float, psf: PsfShape, device: str) -> Tensor:
     """Transfer function of a blur of `diameter_px` on an rfft2 grid.
 
     A disc's, 2 J1(x) / x, would ring on for ever on a grid of pixels, each size of picture in its own way. The rings
@@ -600,7 +599,7 @@ def _stack_cost(
     focus_dpt: Tensor,
     kappa: Tensor,
     tested_dpt: Tensor,
-    psf: Psf,
+    psf: PsfShape,
     window_px: int,
 ) -> Tensor:
     """Cost of each hypothesis for one stack, (N, H, W); see `cost_volume`."""

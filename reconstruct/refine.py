@@ -43,7 +43,7 @@ from reconstruct.plane_sweep import Photometry, quietened
 from reconstruct.render import FixedDepth, Hidden, Model, continued_behind, hidden_inverse_depth, render_stack
 from reconstruct.settle import Closing, Settled, settle, stay
 from reconstruct.smoothing import edge_aware_mean
-from reconstruct.spectrum import PsfShape
+from reconstruct.spectrum import Psf, PsfShape
 
 logger = logging.getLogger(__name__)
 
@@ -208,15 +208,8 @@ class Misfit:
         if self.model != "occlusion":
             return partial(self, inverse_depth_dpt=inverse_depth_dpt)
         behind = hidden_inverse_depth(inverse_depth_dpt[None, None], self.kappa[None])[0, 0] if hidden else None
-        render = FixedDepth(
-            inverse_depth_dpt,
-            self.focus_dpt,
-            self.kappa,
-            hidden_dpt=behind,
-            psf=self.psf,
-            gaussian_gain=GAUSSIAN_GAIN,
-            floor_px=FLOOR_PX,
-        )
+        psf = Psf(self.psf, GAUSSIAN_GAIN, FLOOR_PX)
+        render = FixedDepth(inverse_depth_dpt, self.focus_dpt, self.kappa, psf, behind)
         return lambda root: self._compared(render(*(root.square() - BLACK).split(3)))
 
     def with_hidden(self, root: Tensor, inverse_depth_dpt: Tensor) -> Tensor:

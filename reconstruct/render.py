@@ -235,11 +235,17 @@ def _layered(
     model: Model,
 ) -> Tensor:
     """One item of the batch, (S, 3, H, W); the image and inverse depth of what is in front, and perhaps behind it."""
-    layers = Layers.spanning(torch.stack([depth.detach() for _, depth in surfaces]), kappa, step_px)
-    coc_px = coc_diameter_px(kappa[:, None], focus_dpt[:, None], layers.inverse_depth_dpt(kappa))
-    placed = [tensor for image, depth in surfaces for tensor in (image, layers.position(depth))]
+    coc_px, places = _placed([depth for _, depth in surfaces], focus_dpt, kappa, step_px)
+    placed = [tensor for (image, _), place in zip(surfaces, places, strict=True) for tensor in (image, place)]
     function = _Occlusion if model == "occlusion" else _Scatter
     return function.apply(psf, coc_px, *placed)
+
+
+def _placed(depths_dpt: list[Tensor], focus_dpt: Tensor, kappa: Tensor, step_px: float) -> tuple[Tensor, list[Tensor]]:
+    """CoC of every frame and layer, (S, L), and the inverse depths counted in these layers, (H, W) each."""
+    layers = Layers.spanning(torch.stack([depth.detach() for depth in depths_dpt]), kappa, step_px)
+    coc_px = coc_diameter_px(kappa[:, None], focus_dpt[:, None], layers.inverse_depth_dpt(kappa))
+    return coc_px, [layers.position(depth) for depth in depths_dpt]
 
 
 @dataclass(frozen=True)
@@ -503,7 +509,7 @@ def _ordered_spectra(
     layers = _used_layers(torch.stack(places), count)[::-1]
     spectra = spectrum.zeros(len(layers), 5)
     for sheet, target in zip(_sheets(places, layers), spectra, strict=True):
-        light = _lit(images, sheet)
+        light = _lit(images, sheet.weights)
         target.copy_(spectrum.forward(torch.cat([light, sheet.weight[None], sheet.rest[None]])))
     return layers, spectra
 
@@ -534,10 +540,10 @@ def _sheets(places: Sequence[Tensor], layers: Sequence[int]) -> Iterator[_Sheet]
         rest = rest - hat
 
 
-def _lit(images: Sequence[Tensor], sheet: _Sheet) -> Tensor:
+def _lit(images: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
     """The light of a sheet, (3, h, w)."""
-    light = images[0] * sheet.weights[0]
-    for image, weight in zip(images[1:], sheet.weights[1:], strict=True):
+    light = images[0] * weights[0]
+    for image, weight in zip(images[1:], weights[1:], strict=True):
         light.addcmul_(image, weight)
     return light
 
@@ -553,8 +559,13 @@ class FixedDepth:
 
     Which share of a frame every blurred sheet has is a matter of depth alone, so it is found once. With it the stack is
     linear in the image, out_k = sum_l G_kl B_kl(I w_l): three blurs a layer and frame instead of five.
-    Arguments as in `render_stack`, for one item of its batch: `inverse_depth_dpt` and, of what is hidden, `hidden_dpt`
-    are (H, W), `focus_dpt` and `kappa` (S,).
+
+    Args:
+        inverse_depth_dpt: 1 / depth, (H, W), finite.
+        focus_dpt: focus setting of each frame, (S,).
+        kappa: blur gain of each frame, px of CoC diameter per dioptre, (S,).
+        psf: point spread function.
+        hidden_dpt: inverse depth of what is hidden, (H, W) as in `Hidden`; None where nothing is.
     """
 
     @torch.no_grad()
@@ -563,30 +574,24 @@ class FixedDepth:
         inverse_depth_dpt: Tensor,
         focus_dpt: Tensor,
         kappa: Tensor,
-        *,
+        psf: Psf,
         hidden_dpt: Tensor | None = None,
-        psf: PsfShape = "disc",
-        gaussian_gain: float = 0.27,
-        floor_px: float = 0.3,
-        layer_step_px: float = LAYER_STEP_PX,
     ) -> None:
-        self.psf = Psf(psf, gaussian_gain, floor_px)
+        self.psf = psf
         depths = [inverse_depth_dpt] if hidden_dpt is None else [inverse_depth_dpt, hidden_dpt]
-        layers = Layers.spanning(torch.stack(depths), kappa, layer_step_px)
-        self.coc_px = coc_diameter_px(kappa[:, None], focus_dpt[:, None], layers.inverse_depth_dpt(kappa))
-        self.reach = self.psf.reach_px(float(self.coc_px.abs().max()))
+        self.coc_px, places = _placed(depths, focus_dpt, kappa, LAYER_STEP_PX)
+        self.reach = psf.reach_px(float(self.coc_px.abs().max()))
         height, width = inverse_depth_dpt.shape
         tiles = _tiles(height, width, self.reach, least_px=OCCLUSION_TILE_PX)
-        places = [layers.position(depth) for depth in depths]
-        self.parts = [self._part(tile, [place[tile.wide] for place in places], layers.count) for tile in tiles]
+        self.parts = [self._part(tile, [place[tile.wide] for place in places]) for tile in tiles]
 
     def __call__(self, *images: Tensor) -> Tensor:
         """The stack that this image (3, H, W), and perhaps that of what is hidden, would give."""
         out: Tensor = _AtFixedDepth.apply(self, *images)
         return out
 
-    def _part(self, tile: Tile, places: list[Tensor], count: int) -> _Part:
-        layers = _used_layers(torch.stack(places), count)[::-1]
+    def _part(self, tile: Tile, places: list[Tensor]) -> _Part:
+        layers = _used_layers(torch.stack(places), self.coc_px.shape[1])[::-1]
         sheets = list(_sheets(places, layers))
         spectrum = _tile_spectrum(tile, self.reach, places[0])
         spectra = [spectrum.forward(torch.stack([sheet.weight, sheet.rest])) for sheet in sheets]
@@ -594,21 +599,21 @@ class FixedDepth:
         shares = here.new_empty(len(self.coc_px), len(layers), *here.shape)
         for coc_px, of_frame in zip(self.coc_px, shares, strict=True):
             front = _Front(here)
-            for blurred, share in zip(
-                _blurred(spectra, spectrum, coc_px[layers], self.psf, tile), of_frame, strict=True
-            ):
+            every = _blurred(spectra, spectrum, coc_px[layers], self.psf, tile)
+            for blurred, share in zip(every, of_frame, strict=True):
                 share.copy_(front.share(*blurred))
             of_frame /= front.weight
-        return _Part(tile, spectrum, self.coc_px[:, layers], sheets, shares)
+        return _Part(tile, spectrum, self.coc_px[:, layers], [sheet.weights for sheet in sheets], shares)
 
 
 class _Part(NamedTuple):
-    """A tile of a `FixedDepth`: CoC of every frame and sheet (S, n), the sheets, their shares G (S, n, h, w)."""
+    """A tile of a `FixedDepth`: CoC of every frame and sheet (S, n), the sheets' weights of every surface (h, w) with
+    the halo, and their shares G (S, n, h, w)."""
 
     tile: Tile
     spectrum: Spectrum
     coc_px: Tensor
-    sheets: list[_Sheet]
+    weights: list[list[Tensor]]
     shares: Tensor
 
 
@@ -618,9 +623,9 @@ class _AtFixedDepth(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, at: FixedDepth, *images: Tensor) -> Tensor:
         out = images[0].new_zeros(len(at.coc_px), *images[0].shape)
-        for tile, spectrum, coc_px, sheets, shares in at.parts:
+        for tile, spectrum, coc_px, weights, shares in at.parts:
             around = [image[(..., *tile.wide)] for image in images]
-            spectra = [spectrum.forward(_lit(around, sheet)) for sheet in sheets]
+            spectra = [spectrum.forward(_lit(around, of_sheet)) for of_sheet in weights]
             for k, frame in enumerate(out[(..., *tile.proper)]):
                 for blurred, share in zip(_blurred(spectra, spectrum, coc_px[k], at.psf, tile), shares[k], strict=True):
                     frame.addcmul_(blurred, share)
@@ -632,16 +637,16 @@ class _AtFixedDepth(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         at: FixedDepth = ctx.at
         grads = [torch.zeros_like(grad_out[0]) for _ in ctx.needs_input_grad[1:]]
-        for tile, spectrum, coc_px, sheets, shares in at.parts:
+        for tile, spectrum, coc_px, weights, shares in at.parts:
             placed = spectrum.blank(3)
-            for index, sheet in enumerate(sheets):
+            for index, of_sheet in enumerate(weights):
                 returned = spectrum.zeros(3)
                 for k, grad in enumerate(grad_out[(..., *tile.proper)]):
                     torch.mul(grad, shares[k, index], out=placed[(..., *tile.inner)])
                     returned.addcmul_(spectrum.forward(placed), spectrum.transfer(coc_px[k, index : index + 1], at.psf))
                 # light of the halo reaches the tile, so sources there get their share of the gradient
                 spread = spectrum.inverse(returned, *tile.whole)
-                for grad, weight in zip(grads, sheet.weights, strict=True):
+                for grad, weight in zip(grads, of_sheet, strict=True):
                     grad[(..., *tile.wide)].addcmul_(spread, weight)
         return None, *grads
 
@@ -657,7 +662,7 @@ class _Front:
         share = self.open / _behind(rest)
         seen = weight * share
         self.weight += seen
-        self.open = self.open - seen
+        self.open -= seen
         return share
 
 

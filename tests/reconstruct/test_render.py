@@ -145,7 +145,7 @@ def test_a_fixed_depth_renders_what_any_depth_does(monkeypatch, with_hidden, psf
     aif, depth, focus, kappa = scene(50, 60, 2)
     hidden = something_hidden(aif, depth)
     behind = hidden.inverse_depth_dpt[0, 0] if with_hidden else None
-    at = FixedDepth(depth[0, 0], focus[0], kappa[0], hidden_dpt=behind, psf=psf)
+    at = FixedDepth(depth[0, 0], focus[0], kappa[0], Psf(psf), behind)
     for image in (aif, aif.flip(1)):
         images = [image.requires_grad_(), *([hidden.aif.requires_grad_()] if with_hidden else [])]
         expected = render_stack(image, depth, focus, kappa, psf=psf, hidden=hidden if with_hidden else None)[0]
