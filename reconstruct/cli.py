@@ -55,6 +55,10 @@ def reconstruct_command(
     device: Device = "auto",
     depth_unit: Annotated[str, typer.Option(help="Unit of depth.png: mm, or um for macro.")] = "mm",
     formats: Annotated[str, typer.Option(help="More outputs, comma-separated: glb, tiff, exr, nerfstudio.")] = "",
+    fit_focus: Annotated[
+        bool,
+        typer.Option("--fit-focus/--no-fit-focus", help="Correct reported focus by the frames; never a calibration's."),
+    ] = True,
     align: Annotated[bool, typer.Option("--align/--no-align", help="Remove breathing and hand motion first.")] = True,
     allow_misaligned: Annotated[bool, typer.Option("--allow-misaligned", help="Go on all the same.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace existing results.")] = False,
@@ -78,6 +82,7 @@ def reconstruct_command(
         method=method,  # type: ignore[arg-type]
         weights=weights,
         refine_steps=refine,
+        fit_focus=fit_focus,
         align=align,
         max_residual_px=float("inf") if allow_misaligned else None,
         device=device,

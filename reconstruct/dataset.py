@@ -36,6 +36,7 @@ from capture.scenes import Scene, srgb_to_linear
 from capture.stack import FocalStack
 from reconstruct import remote, result
 from reconstruct.device import own_share
+from reconstruct.lens_fit import fitted_focus, telling_windows
 from reconstruct.network import Prior
 from reconstruct.optics import optics_of
 from reconstruct.plane_sweep import quietened, relative_exposure
@@ -563,7 +564,7 @@ def _mapped(folder: Path) -> CapturedStack:
 
 
 def load_captured(path: str | Path, profile: LensProfile | None = None) -> CapturedStack:
-    """The stack at `path`, aligned, brought to one exposure and reduced to training size.
+    """The stack at `path`, aligned, brought to one exposure and reduced to training size, its focus fitted.
 
     Raises DataError if the stack cannot be trusted or does not align.
     """
@@ -596,4 +597,8 @@ def load_captured(path: str | Path, profile: LensProfile | None = None) -> Captu
             kappa = torch.full_like(focus, float(estimate_gain(frames, focus)))
         else:
             kappa = torch.as_tensor(optics.kappa_px_per_dpt * alignment.kappa_factor / step, dtype=torch.float32)
-        return CapturedStack(Path(path).stem, frames, torch.from_numpy(valid), focus, kappa, optics.metric)
+        seen = torch.from_numpy(valid)
+        if optics.source != "profile":
+            parts = [(..., *window) for window in telling_windows(frames.mean(1), *frames.shape[-2:])]
+            focus = fitted_focus([(frames[part], seen[part]) for part in parts], focus, kappa)
+        return CapturedStack(Path(path).stem, frames, seen, focus, kappa, optics.metric)

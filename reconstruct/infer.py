@@ -29,6 +29,7 @@ from reconstruct import memory
 from reconstruct.device import pick_device
 from reconstruct.estimate import Estimate
 from reconstruct.fusion import channel_noise_variance, filled_frames, fuse
+from reconstruct.lens_fit import WHOLE_PX, fitted_focus, telling_windows
 from reconstruct.methods import METHODS, Network, PlaneSweep
 from reconstruct.optics import StackOptics, optics_of
 from reconstruct.plane_sweep import Evidence, Photometry, quietened, relative_exposure
@@ -41,6 +42,8 @@ GRID_PX = 16  # tiles start on multiples of it, as the network's halvings do
 BLUR_HALO_PX = 48  # around a tile that is compared: half the widest blur, and what its rings and windows reach
 FUSE_HALO_PX = 32  # around a tile that is fused: the reach of its bands and windows
 TILE_PX = 768  # side of a tile's core, working pixels; smaller where memory is short
+CONTRADICTED_PX = 0.2  # of blur std, by which a corrected focus is worth a warning
+TELLING_SPAN_PX = 4.0  # of blur std over the sweep: enough to compare focus settings by
 UNEVEN = 0.05  # differences of brightness that are worth a warning, the share of notes/calibration.md
 READ_PX = 1 << 20  # full-size pixels read at a time where they are reduced at once
 
@@ -53,6 +56,7 @@ class Settings:
         method: the trained network, or the training-free plane sweep.
         weights: name or path of the network's weights.
         refine_steps: gradient steps through the renderer after the first answer; 0 for none.
+        fit_focus: correct each frame's reported focus by what the frames say, unless a lens profile tells it.
         align: False trusts the frames to be aligned.
         max_residual_px: alignment residual above which the stack is refused; None for the default, inf for never.
         max_coc_px: widest blur at the working scale; larger blur is worked on at half, a third ... of the size.
@@ -64,6 +68,7 @@ class Settings:
     method: Literal["network", "plane-sweep"] = "network"
     weights: str = "default"
     refine_steps: int = 0
+    fit_focus: bool = True
     align: bool = True
     max_residual_px: float | None = None
     max_coc_px: float = 40.0
@@ -129,13 +134,18 @@ def reconstruct(
     optics = _with_gain(optics, overview, small, alignment)
     step = _working_step(stack, optics, settings)
     kappa = _require(optics.kappa_px_per_dpt) * alignment.kappa_factor
+    exposure = overview.exposure()
     clock.lap("gain")
+    told = optics.focus_dpt
+    if settings.fit_focus and optics.source != "profile":
+        progress("comparing focus", 0.05)
+        optics = _with_fitted_focus(optics, kappa, stack, overview, alignment, exposure, step, device)
+        clock.lap("focus")
 
     plan = _plan(stack, settings, step)
     focus, gain = (torch.as_tensor(v, dtype=torch.float32, device=device) for v in (optics.focus_dpt, kappa / step))
     sweep = PlaneSweep(focus, gain)
     method = Network(focus, gain, settings.weights) if settings.method == "network" else sweep
-    exposure = overview.exposure()
     brightness = float((overview.frames.mean((1, 2, 3)) * exposure).mean())
 
     def compute(tile_px: int) -> tuple[_Fields, _Fields | None]:
@@ -156,7 +166,7 @@ def reconstruct(
     fields, baseline = _within_memory(compute, plan, stack)
     progress("done", 1.0)
     description = {**method.description, "refine_steps": settings.refine_steps}
-    taken = stack, optics, alignment, exposure, kappa, step
+    taken = stack, optics, told, alignment, exposure, kappa, step
     answer = _assemble(*taken, fields, clock, description)
     if baseline is not None:
         answer.baseline = _assemble(*taken, baseline, clock, sweep.description)
@@ -222,13 +232,15 @@ def read_overview(stack: FocalStack) -> Overview:
     return Overview(frames, factor)
 
 
-def _reduce(read: FrameReader, i: int, factor: int, out: NDArray[np.float32]) -> None:
-    """Frame i reduced by `factor` into `out` (h, w, 3), a band at a time."""
+def _reduce(read: FrameReader, i: int, factor: int, out: NDArray[np.float32], corner: tuple[int, int] = (0, 0)) -> None:
+    """Frame i from its pixel `corner` on, reduced by `factor` into `out` (h, w, 3), a band at a time."""
     height, width, _ = out.shape
+    top, left = corner
     step = max(1, READ_PX // (width * factor * factor))
     for start in range(0, height, step):
         stop = min(start + step, height)
-        band = read(i, slice(start * factor, stop * factor), slice(0, width * factor))
+        rows, cols = slice(top + start * factor, top + stop * factor), slice(left, left + width * factor)
+        band = read(i, rows, cols)
         out[start:stop] = cv2.resize(band, (width, stop - start), interpolation=cv2.INTER_AREA)
 
 
@@ -272,6 +284,51 @@ def _with_gain(optics: StackOptics, overview: Overview, small: Alignment | None,
     tensor = torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()
     gain = estimate_gain(tensor, torch.as_tensor(optics.focus_dpt, dtype=torch.float32)) * overview.factor
     return replace(optics, kappa_px_per_dpt=np.full(len(optics.focus_dpt), gain) / alignment.kappa_factor)
+
+
+def _with_fitted_focus(
+    optics: StackOptics,
+    kappa: NDArray[np.float64],
+    stack: FocalStack,
+    overview: Overview,
+    alignment: Alignment,
+    exposure: NDArray[np.float32],
+    step: int,
+    device: torch.device,
+) -> StackOptics:
+    """`optics` with the focus settings that explain the most telling parts of the picture best.
+
+    Wide blur is compared in a size at which the sweep still spans `TELLING_SPAN_PX`.
+    """
+    span_px = float(kappa.max() * np.ptp(optics.focus_dpt)) / step / 4
+    if stack.height * stack.width > WHOLE_PX * step**2:
+        step *= max(1, int(span_px / TELLING_SPAN_PX))
+    windows = []
+    luma = torch.from_numpy(overview.frames.mean(-1))
+    for rows, cols in telling_windows(luma, stack.height // step, stack.width // step):
+        frames = np.empty((stack.n_frames, rows.stop - rows.start, cols.stop - cols.start, 3), np.float32)
+        for i, out in enumerate(frames):
+            _reduce(_aligned(stack, alignment), i, step, out, (rows.start * step, cols.start * step))
+            out *= exposure[i]
+        tensor = torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()
+        windows.append((tensor.to(device), torch.from_numpy(alignment.seen(rows, cols, step)).to(device)))
+    told, gain = (torch.as_tensor(v, dtype=torch.float32, device=device) for v in (optics.focus_dpt, kappa / step))
+    found = fitted_focus(windows, told, gain).cpu().numpy().astype(np.float64)
+    moved_px = (found - told.cpu().numpy()) * kappa / step / 4
+    if not moved_px.any():
+        return optics
+    warnings = optics.warnings
+    if optics.metric and (contradicted := np.flatnonzero(np.abs(moved_px) > CONTRADICTED_PX)).size:
+        frames_said = ", ".join(
+            f"frame {i} at {_in_metres(found[i])} instead of {_in_metres(optics.focus_dpt[i])}" for i in contradicted
+        )
+        words = f"the frames contradict their stored focus distances, which were corrected: {frames_said}; "
+        warnings += (words + "`daif calibrate` measures them, --no-fit-focus believes in them",)
+    return replace(optics, focus_dpt=found, warnings=warnings)
+
+
+def _in_metres(focus_dpt: float) -> str:
+    return f"{1 / focus_dpt:.3g} m" if focus_dpt > 1e-3 else "infinity"
 
 
 def _require(kappa: NDArray[np.float64] | None) -> NDArray[np.float64]:
@@ -494,6 +551,7 @@ class Clock:
 def _assemble(
     stack: FocalStack,
     optics: StackOptics,
+    told_focus_dpt: NDArray[np.float64],
     alignment: Alignment,
     exposure: NDArray[np.float32],
     kappa: NDArray[np.float64],
@@ -518,6 +576,7 @@ def _assemble(
         "optics": {
             "source": optics.source,
             "focus_dpt": optics.focus_dpt.tolist(),
+            "told_focus_dpt": told_focus_dpt.tolist(),
             "kappa_px_per_dpt": kappa.tolist(),
             "lens": stack.lens.model_dump() if stack.lens else None,
         },
