@@ -40,7 +40,7 @@ class FrameEntry(BaseModel):
     Attributes:
         file: name relative to the folder.
         focus_distance_m: lens (front principal plane) to plane of focus; `.inf` is infinity, null is unknown.
-        focus_distance_std_m: its standard error.
+        focus_distance_std_m: its standard error; 0 is exact, and then reconstruction does not correct it by the frames.
         focus_distance_source: where it comes from.
         focus_command: focus position in `focus_unit`, e.g. a webcam's focus register.
     """

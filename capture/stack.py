@@ -1005,6 +1005,7 @@ def write_stack(
     frames: NDArray[Any],
     *,
     focus_distance_m: Sequence[float] | NDArray[np.floating[Any]] | None = None,
+    focus_distance_std_m: float = np.nan,
     focus_distance_source: str = "",
     lens: Lens | None = None,
     transfer: Transfer = "linear",
@@ -1019,6 +1020,7 @@ def write_stack(
         frames: (S, H, W, 3) or (S, H, W, 1), uint8 or uint16 in `transfer`, or floating linear light 0 to 1
             (`transfer` must be "linear"), which is stored as uint16.
         focus_distance_m: (S,) NaN unknown; left out, all are unknown.
+        focus_distance_std_m: their standard error; 0 where they are exact, and are not to be fitted to the frames.
         create_options: anything else that `StackWriter.create` takes.
     """
     frames = np.asarray(frames)
@@ -1051,6 +1053,7 @@ def write_stack(
                     i,
                     frames[i],
                     focus_distance_m=float(distances[i]),
+                    focus_distance_std_m=focus_distance_std_m,
                     focus_distance_source=focus_distance_source,
                 )
             return writer.finish()

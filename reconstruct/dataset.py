@@ -598,7 +598,7 @@ def load_captured(path: str | Path, profile: LensProfile | None = None) -> Captu
         else:
             kappa = torch.as_tensor(optics.kappa_px_per_dpt * alignment.kappa_factor / step, dtype=torch.float32)
         seen = torch.from_numpy(valid)
-        if optics.source != "profile":
+        if not optics.focus_exact:
             parts = [(..., *window) for window in telling_windows(frames.mean(1), *frames.shape[-2:])]
             focus = fitted_focus([(frames[part], seen[part]) for part in parts], focus, kappa)
         return CapturedStack(Path(path).stem, frames, seen, focus, kappa, optics.metric)

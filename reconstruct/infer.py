@@ -137,7 +137,7 @@ def reconstruct(
     exposure = overview.exposure()
     clock.lap("gain")
     told = optics.focus_dpt
-    if settings.fit_focus and optics.source != "profile":
+    if settings.fit_focus and not optics.focus_exact:
         progress("comparing focus", 0.05)
         optics = _with_fitted_focus(optics, kappa, stack, overview, alignment, exposure, step, device)
         clock.lap("focus")

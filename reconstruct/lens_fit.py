@@ -27,7 +27,8 @@ FOCUS_STD_PX = 0.5  # expected error of a reported focus, px of blur std
 PROBE_PX = 0.05  # change of blur at which a frame's misfit is compared
 LONGEST_PX = 0.5  # of one correction; the misfit's slope knows no more
 ROUNDS = 6  # of depth and correction, at most
-WORTH = 0.01  # share of the misfit that a round must take away
+WORTH = 0.01  # share of the misfit that a round must take away, geometric mean of the frames
+UNEXPLAINED = 6.0  # times the median frame's misfit; 1.3 to 2.8 times in photographs
 IMAGE_STEPS = 2  # before a frame's misfit is looked at
 WINDOW_PX, WHOLE_PX = 96, 36864  # side of a part of the picture; up to so many pixels it is taken whole
 
@@ -49,6 +50,8 @@ def fitted_focus(
 ) -> Tensor:
     """The focus settings (S,) that explain parts of a picture best; the reported ones if none explain them better.
 
+    The reported ones, too, if a frame remains that no focus explains: the others would be bent to it.
+
     Args:
         windows: of each part the linear frames (S, 3, h, w) and where they hold data (S, h, w), of one exposure.
         focus_dpt: reported focus, (S,).
@@ -57,7 +60,7 @@ def fitted_focus(
     """
     quiet = [quietened(frames, valid)[0] for frames, valid in windows]
     tried = best = focus_dpt
-    lowest = float("inf")
+    lowest, odd = float("inf"), False
     for _ in range(ROUNDS if len(focus_dpt) > 2 else 0):
         explained = []
         for still, (frames, valid) in zip(quiet, windows, strict=True):
@@ -66,12 +69,13 @@ def fitted_focus(
             misfit.choose_psf(found)
             root, _ = misfit.fitted(root_of(found.aif), found.inverse_depth_dpt, IMAGE_STEPS)
             explained.append(Explained(misfit, root, found.inverse_depth_dpt))
-        left = float(_misfits(explained, tried, kappa).mean())
+        misfits = _misfits(explained, tried, kappa)
+        left = float(misfits.log().mean().exp())
         if left > (1 - WORTH) * lowest:
             break
-        lowest, best = left, tried
+        lowest, best, odd = left, tried, bool(misfits.max() > UNEXPLAINED * misfits.median())
         tried, _ = corrected_lens(explained, focus_dpt, kappa, focus_std_px=focus_std_px, gain_std=0.0)
-    return best
+    return focus_dpt if odd else best
 
 
 def telling_windows(luma: Tensor, height: int, width: int) -> list[tuple[slice, slice]]:

@@ -29,6 +29,7 @@ class StackOptics:
         kappa_px_per_dpt: (S,) CoC diameter in stored pixels per dioptre, None where the images must tell.
         scales: (S,) breathing that a profile predicts, None where it must be estimated.
         focus_std_dpt: (S,) what the calibration does not know about `focus_dpt`.
+        focus_exact: measured, or said to be without error: the frames need not be asked.
         gain_std: relative standard error of the gain.
         metric: whether depth comes out in metres.
     """
@@ -37,6 +38,7 @@ class StackOptics:
     kappa_px_per_dpt: NDArray[np.float64] | None
     scales: NDArray[np.float64] | None
     focus_std_dpt: NDArray[np.float64]
+    focus_exact: bool
     gain_std: float
     metric: bool
     source: Source
@@ -63,6 +65,7 @@ def optics_of(stack: FocalStack, profile: LensProfile | None = None) -> StackOpt
             kappa_px_per_dpt=None,
             scales=None,
             focus_std_dpt=np.zeros(stack.n_frames),
+            focus_exact=False,
             gain_std=0.0,
             metric=False,
             source="uncalibrated",
@@ -70,17 +73,19 @@ def optics_of(stack: FocalStack, profile: LensProfile | None = None) -> StackOpt
             warnings=(words + "depth is relative, ordered along the sweep in frame order, and has no unit",),
         )
     focus_dpt = np.asarray(stack.focus_dpt, dtype=np.float64)
-    std = np.nan_to_num(np.asarray(stack.focus_distance_std_m, dtype=np.float64)) * focus_dpt**2
+    std = np.asarray(stack.focus_distance_std_m, dtype=np.float64) * focus_dpt**2
+    exact = bool((std == 0).all())
+    std = np.nan_to_num(std)
     if stack.lens is None:
         words = f"{stack.path.name} has no lens data: the blur gain is estimated from the frames"
         return StackOptics(
-            focus_dpt, None, None, std, 0.05, True, "focus distances only", intrinsics, (words,)
+            focus_dpt, None, None, std, exact, 0.05, True, "focus distances only", intrinsics, (words,)
         )  # fmt: skip
     kappa = np.asarray(stack.lens.kappa_px_per_dpt(focus_dpt), dtype=np.float64)
     focal_px = float(np.median(stack.lens.image_distance_m(focus_dpt))) / stack.lens.pixel_pitch_m
     centre = (stack.width - 1) / 2, (stack.height - 1) / 2
     return StackOptics(
-        focus_dpt, kappa, None, std, 0.0, True, "thin lens", Intrinsics(focal_px, *centre)
+        focus_dpt, kappa, None, std, exact, 0.0, True, "thin lens", Intrinsics(focal_px, *centre)
     )  # fmt: skip
 
 
@@ -111,6 +116,7 @@ def _from_profile(stack: FocalStack, profile: LensProfile) -> StackOptics:
         kappa_px_per_dpt=optics.kappa_px_per_dpt,
         scales=optics.scale,
         focus_std_dpt=optics.focus_std_dpt,
+        focus_exact=True,
         gain_std=float(relative_gain.max()),
         metric=fitted.is_metric,
         source="profile",

@@ -24,7 +24,8 @@ class Sample:
     Attributes:
         frames: (S, H, W, 3) uint8 in `transfer`.
         focus_distance_m: (S,) NaN where unknown.
-        lens: None where nothing published fixes the blur gain; it is then estimated from the frames.
+        lens: of frames that were computed, whose focus is exact. None where nothing published fixes the blur gain;
+            it is then estimated from the frames.
         truth_depth_m: (H, W) metres, NaN where unknown.
     """
 
@@ -49,6 +50,7 @@ class Sample:
             path,
             self.frames,
             focus_distance_m=self.focus_distance_m,
+            focus_distance_std_m=np.nan if self.lens is None else 0.0,
             focus_distance_source=source,
             lens=self.lens,
             transfer=self.transfer,

@@ -23,8 +23,10 @@ def small_scene(height=72, width=96, seed=0):
     return Scene(texture, 1 / inverse, "small")
 
 
-def write_small_stack(path, *, scene=None, condition=None, lens=LENS, calibrated=True, seed=0, drift=None) -> Path:
-    """`drift` is a factor of exposure per frame."""
+def write_small_stack(
+    path, *, scene=None, condition=None, lens=LENS, calibrated=True, seed=0, drift=None, **told
+) -> Path:
+    """`drift` is a factor of exposure per frame; `told` what `write_stack` shall store otherwise."""
     scene = scene or small_scene(seed=seed)
     sweep = simulate_sweep(scene, LENS, FOCUS_DPT, condition or Condition(noise_std=0.003), seed=seed, quality="fast")
     frames = sweep.frames
@@ -32,10 +34,11 @@ def write_small_stack(path, *, scene=None, condition=None, lens=LENS, calibrated
         assert sweep.transfer == "linear"
         frames = frames * np.reshape(drift, (-1, 1, 1, 1)).astype(frames.dtype)
     distances = 1 / sweep.focus_dpt if calibrated else np.full(len(FOCUS_DPT), np.nan)
+    told = {"focus_distance_m": distances} | told
     write_stack(
         path,
         frames,
-        focus_distance_m=distances,
+        **told,
         lens=lens,
         transfer=sweep.transfer,
         truth_depth_m=scene.depth_m,

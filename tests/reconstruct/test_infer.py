@@ -1,5 +1,7 @@
 """One stack in, depth out: right, tiled as untiled, at any working scale, honest when uncalibrated."""
 
+from dataclasses import replace
+
 import cv2
 import numpy as np
 import pytest
@@ -58,6 +60,29 @@ def test_exposure_that_drifts_is_evened_out(tmp_path):
     assert errors[1] < 1.1 * errors[0]
     loaded = load_captured(tmp_path / "drifting.h5").frames.mean((1, 2, 3))
     assert loaded.max() / loaded.min() < 1.01
+
+
+def test_wrong_focus_distances_are_corrected(tmp_path, stack_file):
+    """In reconstruction and fine-tuning, unless they are said to be exact; the user is told, and may object."""
+    wrong = 1 / np.array([1.0, 0.92, 0.6, 0.4])  # the second was taken at 0.8
+    path = write_small_stack(tmp_path / "wrong.h5", focus_distance_m=wrong)
+    exact = write_small_stack(tmp_path / "exact.h5", focus_distance_m=wrong, focus_distance_std_m=0.0)
+    with FocalStack.open(stack_file) as right, FocalStack.open(path) as stack, FocalStack.open(exact) as believed:
+        best, corrected, left, trusted = (
+            reconstruct(*settled)
+            for settled in ((right, CPU), (stack, CPU), (stack, replace(CPU, fit_focus=False)), (believed, CPU))
+        )
+    assert corrected.record["optics"]["told_focus_dpt"] == pytest.approx(1 / wrong)
+    assert corrected.focus_dpt[1] == pytest.approx(0.8, abs=0.06)
+    assert "frame 1 at 1.1" in corrected.record["warnings"][0]
+    assert "instead of 1.09 m" in corrected.record["warnings"][0]
+    np.testing.assert_allclose(best.focus_dpt, FOCUS_DPT, atol=0.01)
+    assert not best.record["warnings"] + left.record["warnings"] + trusted.record["warnings"]
+    np.testing.assert_allclose([left.focus_dpt, trusted.focus_dpt], [1 / wrong] * 2)
+    errors = [blur_error_px(answer, small_scene()).mean() for answer in (best, corrected, left)]
+    assert errors[1] - errors[0] < 0.5 * (errors[2] - errors[0])
+    np.testing.assert_allclose(load_captured(path).focus_dpt, corrected.focus_dpt, atol=0.01)
+    np.testing.assert_allclose(load_captured(exact).focus_dpt, 1 / wrong, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("method", "max_coc_px"), [("plane-sweep", 40.0), ("plane-sweep", 6.0), ("network", 40.0)])

@@ -8,7 +8,10 @@ import torch
 
 from capture.optics import Condition, simulate_sweep, sweep_for_scene
 from capture.scenes import procedural_scene
+from capture.stack import FocalStack
+from reconstruct.datasets import import_dataset
 from reconstruct.lens_fit import WINDOW_PX, fitted_focus, telling_windows
+from tests.reconstruct.tiny_datasets import write_nyuv2
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +52,20 @@ def test_what_no_stack_tells_stays_as_it_was_reported(sweep):
 def test_right_settings_are_not_touched(sweep):
     frames, valid, true, kappa = sweep
     assert torch.equal(fitted_focus([(frames, valid)], true, kappa), true)
+
+
+def test_a_frame_that_no_focus_explains_bends_nothing(tmp_path):
+    """The paper's simulator cuts blur off at 7 px: its nearest frame is sharper than any focus of ours makes it."""
+    source = write_nyuv2(tmp_path)[0]
+    import_dataset("nyuv2", source, tmp_path, renderer="published", limit=1)
+    with FocalStack.open(tmp_path / "nyuv2_0002.h5") as stack:
+        frames = torch.from_numpy(np.stack([stack.linear(i) for i in range(stack.n_frames)]))
+        focus, kappa = (
+            torch.tensor(x).float() for x in (stack.focus_dpt, stack.lens.kappa_px_per_dpt(stack.focus_dpt))
+        )
+    window = frames.permute(0, 3, 1, 2)[..., 40:200, 60:260].contiguous()
+    valid = torch.ones_like(window[:, 0], dtype=torch.bool)
+    assert torch.equal(fitted_focus([(window, valid)], focus, kappa), focus)
 
 
 def test_two_frames_tell_nothing(sweep):
