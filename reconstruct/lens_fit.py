@@ -30,6 +30,7 @@ ROUNDS = 6  # of depth and correction, at most
 WORTH = 0.01  # share of the misfit that a round must take away, geometric mean of the frames
 UNEXPLAINED = 6.0  # times the median frame's misfit; 1.3 to 2.8 times in photographs
 IMAGE_STEPS = 2  # before a frame's misfit is looked at
+WINDOW_STRIDE_PX = 8  # between those compared
 WINDOW_PX, WHOLE_PX = 96, 36864  # side of a part of the picture; up to so many pixels it is taken whole
 
 
@@ -93,8 +94,8 @@ def telling_windows(luma: Tensor, height: int, width: int) -> list[tuple[slice, 
     for top in (0, height // 2):
         for left in (0, width // 2):
             quarter = detail[:, top : top + height // 2, left : left + width // 2]
-            held = functional.avg_pool2d(quarter, WINDOW_PX, 1)[0]
-            y, x = divmod(int(held.argmax()), held.shape[1])
+            held = functional.avg_pool2d(quarter, WINDOW_PX, WINDOW_STRIDE_PX)[0]
+            y, x = (WINDOW_STRIDE_PX * at for at in divmod(int(held.argmax()), held.shape[1]))
             found.append((slice(top + y, top + y + WINDOW_PX), slice(left + x, left + x + WINDOW_PX)))
     return found
 
