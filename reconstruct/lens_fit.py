@@ -28,6 +28,7 @@ PROBE_PX = 0.05  # change of blur at which a frame's misfit is compared
 LONGEST_PX = 0.5  # of one correction; the misfit's slope knows no more
 ROUNDS = 6  # of depth and correction, at most
 WORTH = 0.01  # share of the misfit that a round must take away, geometric mean of the frames
+LEAST_MISFIT = 1e-8  # of a frame; empty ones are explained by everything
 UNEXPLAINED = 6.0  # times the median frame's misfit; 1.3 to 2.8 times in photographs
 IMAGE_STEPS = 2  # before a frame's misfit is looked at
 WINDOW_STRIDE_PX = 8  # between those compared
@@ -72,7 +73,7 @@ def fitted_focus(
             explained.append(Explained(misfit, root, found.inverse_depth_dpt))
         misfits = _misfits(explained, tried, kappa)
         left = float(misfits.log().mean().exp())
-        if left > (1 - WORTH) * lowest:
+        if not left < (1 - WORTH) * lowest:
             break
         lowest, best, odd = left, tried, bool(misfits.max() > UNEXPLAINED * misfits.median())
         tried, _ = corrected_lens(explained, focus_dpt, kappa, focus_std_px=focus_std_px, gain_std=0.0)
@@ -154,7 +155,7 @@ def _misfits(explained: Sequence[Explained], focus_dpt: Tensor, kappa: Tensor) -
         misfit.focus_dpt, misfit.kappa = focus_dpt, kappa
         total += misfit(root, inverse_depth_dpt).sum((1, 2, 3))
         misfit.focus_dpt, misfit.kappa = own
-    return total * len(focus_dpt) / sum(x.misfit.values for x in explained)
+    return (total * len(focus_dpt) / sum(x.misfit.values for x in explained)).clamp_min(LEAST_MISFIT)
 
 
 def _beside(values: Tensor, known: Tensor) -> Tensor:

@@ -74,6 +74,13 @@ def test_two_frames_tell_nothing(sweep):
     assert torch.equal(fitted_focus([(frames[:2], valid[:2])], told, kappa[:2]), told)
 
 
+@pytest.mark.parametrize("level", [0.0, 0.3, torch.nan])
+def test_frames_without_anything_in_them_tell_nothing(sweep, level):
+    frames, valid, true, kappa = sweep
+    assert torch.equal(fitted_focus([(torch.full_like(frames, level), valid)], true, kappa), true)
+    assert torch.equal(fitted_focus([(frames, torch.zeros_like(valid))], true, kappa), true)
+
+
 def test_parts_count_together(sweep):
     """Two halves of the picture know what the whole does."""
     frames, valid, true, kappa = sweep
