@@ -30,6 +30,7 @@ ROUNDS = 6  # of depth and correction, at most
 WORTH = 0.01  # share of the misfit that a round must take away, geometric mean of the frames
 LEAST_MISFIT = 1e-8  # of a frame; empty ones are explained by everything
 UNEXPLAINED = 6.0  # times the median frame's misfit; 1.3 to 2.8 times in photographs
+SETTLED_PX = 0.05  # a shorter correction changes no depth worth a round
 IMAGE_STEPS = 2  # before a frame's misfit is looked at
 WINDOW_STRIDE_PX = 8  # between those compared
 WINDOW_PX, WHOLE_PX = 96, 36864  # side of a part of the picture; up to so many pixels it is taken whole
@@ -43,13 +44,7 @@ class Explained(NamedTuple):
     inverse_depth_dpt: Tensor
 
 
-def fitted_focus(
-    windows: Sequence[tuple[Tensor, Tensor]],
-    focus_dpt: Tensor,
-    kappa: Tensor,
-    *,
-    focus_std_px: float = FOCUS_STD_PX,
-) -> Tensor:
+def fitted_focus(windows: Sequence[tuple[Tensor, Tensor]], focus_dpt: Tensor, kappa: Tensor) -> Tensor:
     """The focus settings (S,) that explain parts of a picture best; the reported ones if none explain them better.
 
     The reported ones, too, if a frame remains that no focus explains: the others would be bent to it.
@@ -58,11 +53,11 @@ def fitted_focus(
         windows: of each part the linear frames (S, 3, h, w) and where they hold data (S, h, w), of one exposure.
         focus_dpt: reported focus, (S,).
         kappa: CoC pixels per dioptre, (S,).
-        focus_std_px: expected error of a reported focus, px of blur std.
     """
     quiet = [quietened(frames, valid)[0] for frames, valid in windows]
     tried = best = focus_dpt
     lowest, odd = float("inf"), False
+    dpt_to_px = float(kappa.abs().mean()) / 4
     for _ in range(ROUNDS if len(focus_dpt) > 2 else 0):
         explained = []
         for still, (frames, valid) in zip(quiet, windows, strict=True):
@@ -76,7 +71,9 @@ def fitted_focus(
         if not left < (1 - WORTH) * lowest:
             break
         lowest, best, odd = left, tried, bool(misfits.max() > UNEXPLAINED * misfits.median())
-        tried, _ = corrected_lens(explained, focus_dpt, kappa, focus_std_px=focus_std_px, gain_std=0.0)
+        tried, _ = corrected_lens(explained, focus_dpt, kappa, focus_std_px=FOCUS_STD_PX, gain_std=0.0)
+        if float((tried - best).abs().max()) * dpt_to_px < SETTLED_PX:
+            break
     return focus_dpt if odd else best
 
 
