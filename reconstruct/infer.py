@@ -56,7 +56,7 @@ class Settings:
         method: the trained network, or the training-free plane sweep.
         weights: name or path of the network's weights.
         refine_steps: gradient steps through the renderer after the first answer; 0 for none.
-        fit_focus: correct each frame's reported focus by what the frames say, unless a lens profile tells it.
+        fit_focus: correct each frame's focus by what the frames say, unless it was measured or is said to be exact.
         align: False trusts the frames to be aligned.
         max_residual_px: alignment residual above which the stack is refused; None for the default, inf for never.
         max_coc_px: widest blur at the working scale; larger blur is worked on at half, a third ... of the size.

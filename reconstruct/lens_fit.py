@@ -146,13 +146,9 @@ def corrected_lens(
 @torch.no_grad()
 def _misfits(explained: Sequence[Explained], focus_dpt: Tensor, kappa: Tensor) -> Tensor:
     """Mean misfit of every frame with these optics, (S,)."""
-    total = torch.zeros_like(focus_dpt)
-    for misfit, root, inverse_depth_dpt in explained:
-        own = misfit.focus_dpt, misfit.kappa
-        misfit.focus_dpt, misfit.kappa = focus_dpt, kappa
-        total += misfit(root, inverse_depth_dpt).sum((1, 2, 3))
-        misfit.focus_dpt, misfit.kappa = own
-    return (total * len(focus_dpt) / sum(x.misfit.values for x in explained)).clamp_min(LEAST_MISFIT)
+    left = [misfit.through(focus_dpt, kappa)(*rest).sum((1, 2, 3)) for misfit, *rest in explained]
+    values = torch.stack([x.misfit.values for x in explained]).sum() / len(focus_dpt)
+    return (torch.stack(left).sum(0) / values).clamp_min(LEAST_MISFIT)
 
 
 def _beside(values: Tensor, known: Tensor) -> Tensor:

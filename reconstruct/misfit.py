@@ -6,6 +6,7 @@ stable length there: four of them fit as well as fourteen of Adam's (Motorcycle,
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 
@@ -50,6 +51,12 @@ class Misfit:
         self.weight = self.usable[:, None].to(frames)
         self.target = root_of(torch.where(self.usable[:, None], frames, 0.0))
         self.values = 3 * self.weight.sum().clamp_min(1)
+
+    def through(self, focus_dpt: Tensor, kappa: Tensor) -> Misfit:
+        """That of the same frames, were they taken so."""
+        other = copy.copy(self)
+        other.focus_dpt, other.kappa = focus_dpt, kappa
+        return other
 
     def rendered(self, root: Tensor, inverse_depth_dpt: Tensor) -> Tensor:
         """The stack as this image and depth would give it, (S, 3, H, W), linear."""
