@@ -25,6 +25,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -36,7 +37,7 @@ from capture.scenes import Scene, srgb_to_linear
 from capture.stack import FocalStack
 from reconstruct import remote, result
 from reconstruct.device import own_share
-from reconstruct.lens_fit import fitted_focus, telling_windows
+from reconstruct.lens_fit import picture_focus
 from reconstruct.network import Prior
 from reconstruct.optics import optics_of
 from reconstruct.plane_sweep import quietened, relative_exposure
@@ -599,6 +600,11 @@ def load_captured(path: str | Path, profile: LensProfile | None = None) -> Captu
             kappa = torch.as_tensor(optics.kappa_px_per_dpt * alignment.kappa_factor / step, dtype=torch.float32)
         seen = torch.from_numpy(valid)
         if not optics.focus_exact:
-            parts = [(..., *window) for window in telling_windows(frames.mean(1), *frames.shape[-2:])]
-            focus = fitted_focus([(frames[part], seen[part]) for part in parts], focus, kappa)
+
+            def cut(factor: int, rows: slice, cols: slice) -> tuple[Tensor, Tensor]:
+                down, right = (slice(part.start * factor, part.stop * factor) for part in (rows, cols))
+                middle = slice(factor // 2, None, factor)
+                return F.avg_pool2d(frames[..., down, right], factor), seen[..., down, right][..., middle, middle]
+
+            focus = picture_focus(cut, frames.mean(1), (frames.shape[2], frames.shape[3]), focus, kappa)
         return CapturedStack(Path(path).stem, frames, seen, focus, kappa, optics.metric)

@@ -51,10 +51,11 @@ from reconstruct.denoise import root_of
 from reconstruct.device import own_share
 from reconstruct.estimate import Estimate
 from reconstruct.losses import PUBLISHED, charbonnier, laplace_surprise, match_exposure, published_terms
+from reconstruct.misfit import Misfit
 from reconstruct.network import SWEEP, DefaultNet, NetworkOutput, PaperNet, Prior, build, sweep_prior
 from reconstruct.plane_sweep import gather_evidence, plane_sweep, quietened
 from reconstruct.predict import TrainedNetwork, predict, wrap
-from reconstruct.refine import Misfit, refine
+from reconstruct.refine import refine
 from reconstruct.render import render_stack
 from reconstruct.retake import altered, mixed, part_of, taken_again, within_sweep
 from reconstruct.settle import settle, stay

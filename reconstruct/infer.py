@@ -29,7 +29,7 @@ from reconstruct import memory
 from reconstruct.device import pick_device
 from reconstruct.estimate import Estimate
 from reconstruct.fusion import channel_noise_variance, filled_frames, fuse
-from reconstruct.lens_fit import WHOLE_PX, fitted_focus, telling_windows
+from reconstruct.lens_fit import picture_focus
 from reconstruct.methods import METHODS, Network, PlaneSweep
 from reconstruct.optics import StackOptics, optics_of
 from reconstruct.plane_sweep import Evidence, Photometry, quietened, relative_exposure
@@ -43,7 +43,6 @@ BLUR_HALO_PX = 48  # around a tile that is compared: half the widest blur, and w
 FUSE_HALO_PX = 32  # around a tile that is fused: the reach of its bands and windows
 TILE_PX = 768  # side of a tile's core, working pixels; smaller where memory is short
 CONTRADICTED_PX = 0.2  # of blur std, by which a corrected focus is worth a warning
-TELLING_SPAN_PX = 4.0  # of blur std over the sweep: enough to compare focus settings by
 UNEVEN = 0.05  # differences of brightness that are worth a warning, the share of notes/calibration.md
 READ_PX = 1 << 20  # full-size pixels read at a time where they are reduced at once
 
@@ -136,13 +135,13 @@ def reconstruct(
     kappa = _require(optics.kappa_px_per_dpt) * alignment.kappa_factor
     exposure = overview.exposure()
     clock.lap("gain")
+    plan = _plan(stack, settings, step)
     told = optics.focus_dpt
     if settings.fit_focus and not optics.focus_exact:
         progress("comparing focus", 0.05)
         optics = _with_fitted_focus(optics, kappa, stack, overview, alignment, exposure, step, device)
         clock.lap("focus")
 
-    plan = _plan(stack, settings, step)
     focus, gain = (torch.as_tensor(v, dtype=torch.float32, device=device) for v in (optics.focus_dpt, kappa / step))
     sweep = PlaneSweep(focus, gain)
     method = Network(focus, gain, settings.weights) if settings.method == "network" else sweep
@@ -296,24 +295,21 @@ def _with_fitted_focus(
     step: int,
     device: torch.device,
 ) -> StackOptics:
-    """`optics` with the focus settings that explain the most telling parts of the picture best.
+    """`optics` with the focus settings that explain the frames best, and a warning where they contradict the stored."""
 
-    Wide blur is compared in a size at which the sweep still spans `TELLING_SPAN_PX`.
-    """
-    span_px = float(kappa.max() * np.ptp(optics.focus_dpt)) / step / 4
-    if stack.height * stack.width > WHOLE_PX * step**2:
-        step *= max(1, int(span_px / TELLING_SPAN_PX))
-    windows = []
-    luma = torch.from_numpy(overview.frames.mean(-1))
-    for rows, cols in telling_windows(luma, stack.height // step, stack.width // step):
+    def cut(factor: int, rows: slice, cols: slice) -> tuple[Tensor, Tensor]:
+        factor *= step
         frames = np.empty((stack.n_frames, rows.stop - rows.start, cols.stop - cols.start, 3), np.float32)
         for i, out in enumerate(frames):
-            _reduce(_aligned(stack, alignment), i, step, out, (rows.start * step, cols.start * step))
+            _reduce(_aligned(stack, alignment), i, factor, out, (rows.start * factor, cols.start * factor))
             out *= exposure[i]
         tensor = torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()
-        windows.append((tensor.to(device), torch.from_numpy(alignment.seen(rows, cols, step)).to(device)))
+        return tensor.to(device), torch.from_numpy(alignment.seen(rows, cols, factor)).to(device)
+
     told, gain = (torch.as_tensor(v, dtype=torch.float32, device=device) for v in (optics.focus_dpt, kappa / step))
-    found = fitted_focus(windows, told, gain).cpu().numpy().astype(np.float64)
+    luma = torch.from_numpy(overview.frames.mean(-1))
+    fitted = picture_focus(cut, luma, (stack.height // step, stack.width // step), told, gain)
+    found = fitted.cpu().numpy().astype(np.float64)
     moved_px = (found - told.cpu().numpy()) * kappa / step / 4
     if not moved_px.any():
         return optics

@@ -11,7 +11,7 @@ section 2). No stack tells it, so it stays as it was reported.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,6 +32,7 @@ LEAST_MISFIT = 1e-8  # of a frame; empty ones are explained by everything
 UNEXPLAINED = 6.0  # times the median frame's misfit; 1.3 to 2.8 times in photographs
 SETTLED_PX = 0.05  # a shorter correction changes no depth worth a round
 IMAGE_STEPS = 2  # before a frame's misfit is looked at
+TELLING_SPAN_PX = 4.0  # of blur std over the sweep: enough to compare focus settings by
 WINDOW_STRIDE_PX = 8  # between those compared
 WINDOW_PX, WHOLE_PX = 96, 36864  # side of a part of the picture; up to so many pixels it is taken whole
 
@@ -66,15 +67,41 @@ def fitted_focus(windows: Sequence[tuple[Tensor, Tensor]], focus_dpt: Tensor, ka
             misfit.choose_psf(found)
             root, _ = misfit.fitted(root_of(found.aif), found.inverse_depth_dpt, IMAGE_STEPS)
             explained.append(Explained(misfit, root, found.inverse_depth_dpt))
-        misfits = _misfits(explained, tried, kappa)
+        misfits = frame_misfits(explained, tried, kappa)
         left = float(misfits.log().mean().exp())
         if not left < (1 - WORTH) * lowest:
             break
         lowest, best, odd = left, tried, bool(misfits.max() > UNEXPLAINED * misfits.median())
-        tried, _ = corrected_lens(explained, focus_dpt, kappa, focus_std_px=FOCUS_STD_PX, gain_std=0.0)
+        tried = corrected_focus(explained, misfits, focus_dpt, FOCUS_STD_PX, HOLD)
         if float((tried - best).abs().max()) * dpt_to_px < SETTLED_PX:
             break
     return focus_dpt if odd else best
+
+
+def picture_focus(
+    cut: Callable[[int, slice, slice], tuple[Tensor, Tensor]],
+    luma: Tensor,
+    size: tuple[int, int],
+    focus_dpt: Tensor,
+    kappa: Tensor,
+) -> Tensor:
+    """`fitted_focus` of a picture by its most telling parts, (S,).
+
+    Wide blur is compared in a size at which the sweep still spans `TELLING_SPAN_PX`.
+
+    Args:
+        cut: linear frames (S, 3, h, w) and where they hold data (S, h, w): rows and columns of the picture reduced by a
+            whole factor.
+        luma: of the frames, (S, h, w) in any size.
+        size: height and width of the picture.
+        focus_dpt: reported focus, (S,).
+        kappa: CoC pixels of the picture per dioptre, (S,).
+    """
+    height, width = size
+    span_px = float(kappa.max() * (focus_dpt.max() - focus_dpt.min())) / 4
+    factor = max(1, int(span_px / TELLING_SPAN_PX)) if height * width > WHOLE_PX else 1
+    windows = [cut(factor, rows, cols) for rows, cols in telling_windows(luma, height // factor, width // factor)]
+    return fitted_focus(windows, focus_dpt, kappa / factor)
 
 
 def telling_windows(luma: Tensor, height: int, width: int) -> list[tuple[slice, slice]]:
@@ -98,57 +125,54 @@ def telling_windows(luma: Tensor, height: int, width: int) -> list[tuple[slice, 
     return found
 
 
-@torch.no_grad()
-def corrected_lens(
-    explained: Sequence[Explained],
-    told_focus_dpt: Tensor,
-    told_kappa: Tensor,
-    *,
-    focus_std_px: float,
-    gain_std: float,
-    hold: float = HOLD,
-) -> tuple[Tensor, Tensor]:
-    """Every frame's focus and blur gain after a Gauss-Newton step of its own misfit.
+def corrected_focus(
+    explained: Sequence[Explained], here: Tensor, told_dpt: Tensor, std_px: float, hold: float
+) -> Tensor:
+    """Every frame's focus, (S,), after a Gauss-Newton step of its own misfit.
 
-    What a shift and stretch of all foci, or a change of all gains, would explain as well is left alone: it belongs to
-    the calibration.
+    What a shift and stretch of all foci would explain as well is left alone: it belongs to the calibration.
 
     Args:
         explained: parts of one picture, all with the same lens.
-        told_focus_dpt, told_kappa: what was reported, (S,).
-        focus_std_px: expected error of a reported focus, px of blur std.
-        gain_std: expected relative error of a frame's blur gain; 0 leaves the gains alone.
+        here: their `frame_misfits`.
+        told_dpt: what was reported, (S,).
+        std_px: its expected error, px of blur std.
         hold: weight of what was reported, in usual misfits.
     """
-    focus, gain = explained[0].misfit.focus_dpt, explained[0].misfit.kappa
-    dpt_per_px = 4.0 / float(gain.abs().mean())
-    here = _misfits(explained, focus, gain)
+    focus, kappa = explained[0].misfit.focus_dpt, explained[0].misfit.kappa
+    dpt_per_px = 4.0 / float(kappa.abs().mean())
+    more, less = (frame_misfits(explained, focus + sign * PROBE_PX * dpt_per_px, kappa) for sign in (1, -1))
+    so_far_px = (focus - told_dpt) / dpt_per_px
+    by_px = _wanted(so_far_px, here, more, less, PROBE_PX, hold / std_px**2)
+    by_px = so_far_px + (by_px - so_far_px).clamp(-LONGEST_PX, LONGEST_PX)
+    line = torch.stack([torch.ones_like(focus), told_dpt], 1)
+    return told_dpt + _beside(by_px, line) * dpt_per_px
 
-    def corrected(so_far: Tensor, more: Tensor, less: Tensor, probe: float, std: float) -> Tensor:
-        curvature = ((more + less - 2 * here) / probe**2).clamp_min(0)
-        wanted = curvature * so_far - (more - less) / (2 * probe)
-        return wanted / (curvature + hold * here / std**2)
 
-    more, less = (_misfits(explained, focus + sign * PROBE_PX * dpt_per_px, gain) for sign in (1, -1))
-    so_far = (focus - told_focus_dpt) / dpt_per_px
-    by_px = corrected(so_far, more, less, PROBE_PX, focus_std_px)
-    by_px = so_far + (by_px - so_far).clamp(-LONGEST_PX, LONGEST_PX)
-    alike = torch.ones_like(focus)
-    line = torch.stack([alike, told_focus_dpt], 1)
-    fitted = told_focus_dpt + _beside(by_px, line) * dpt_per_px
-    if gain_std == 0:
-        return fitted, gain
-    more, less = (_misfits(explained, focus, gain * (1 + sign * gain_std)) for sign in (1, -1))
-    ratio = corrected(gain / told_kappa - 1, more, less, gain_std, gain_std)
-    return fitted, told_kappa * (1 + _beside(ratio, alike[:, None]))
+def corrected_gain(explained: Sequence[Explained], here: Tensor, told: Tensor, std: float, hold: float) -> Tensor:
+    """Every frame's blur gain, (S,) px/dioptre, as `corrected_focus`; a change of all gains is left alone.
+
+    `std` is the expected relative error of a frame's gain.
+    """
+    focus, kappa = explained[0].misfit.focus_dpt, explained[0].misfit.kappa
+    more, less = (frame_misfits(explained, focus, kappa * (1 + sign * std)) for sign in (1, -1))
+    ratio = _wanted(kappa / told - 1, here, more, less, std, hold / std**2)
+    return told * (1 + _beside(ratio, torch.ones_like(told)[:, None]))
 
 
 @torch.no_grad()
-def _misfits(explained: Sequence[Explained], focus_dpt: Tensor, kappa: Tensor) -> Tensor:
+def frame_misfits(explained: Sequence[Explained], focus_dpt: Tensor, kappa: Tensor) -> Tensor:
     """Mean misfit of every frame with these optics, (S,)."""
     left = [misfit.through(focus_dpt, kappa)(*rest).sum((1, 2, 3)) for misfit, *rest in explained]
     values = torch.stack([x.misfit.values for x in explained]).sum() / len(focus_dpt)
     return (torch.stack(left).sum(0) / values).clamp_min(LEAST_MISFIT)
+
+
+def _wanted(so_far: Tensor, here: Tensor, more: Tensor, less: Tensor, probe: float, held: float) -> Tensor:
+    """The change from what was reported that the misfits want; `held` times the misfit is its price per square."""
+    curvature = ((more + less - 2 * here) / probe**2).clamp_min(0)
+    wanted = curvature * so_far - (more - less) / (2 * probe)
+    return wanted / (curvature + held * here)
 
 
 def _beside(values: Tensor, known: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from torch.nn import functional
 from reconstruct.denoise import root_of
 from reconstruct.estimate import Estimate
 from reconstruct.fusion import fuse
-from reconstruct.lens_fit import Explained, corrected_lens
+from reconstruct.lens_fit import HOLD, Explained, corrected_focus, corrected_gain, frame_misfits
 from reconstruct.losses import edge_aware_smoothness
 from reconstruct.misfit import ImageDescent, Misfit
 from reconstruct.plane_sweep import Photometry, quietened
@@ -88,7 +88,7 @@ class RefineConfig:
     window_px: int = 5
     shifts: int = 6
     reach_px: float = 3.0
-    hold: float = 0.06
+    hold: float = HOLD
     focus_std_px: float = 0.05
     gain_std: float = 0.01
 
@@ -236,14 +236,11 @@ class _Refinement:
     def fit_lens(self) -> None:
         """Correct every frame's focus and blur gain by what the frames say at this depth."""
         misfit, config = self.misfit, self.config
-        misfit.focus_dpt, misfit.kappa = corrected_lens(
-            [Explained(misfit, self.root.detach(), self.depth_px.detach() * self.dpt_per_px)],
-            self.told_focus_dpt,
-            self.told_kappa,
-            focus_std_px=config.focus_std_px,
-            gain_std=config.gain_std,
-            hold=config.hold,
-        )
+        explained = [Explained(misfit, self.root.detach(), self.depth_px.detach() * self.dpt_per_px)]
+        here = frame_misfits(explained, misfit.focus_dpt, misfit.kappa)
+        focus_dpt = corrected_focus(explained, here, self.told_focus_dpt, config.focus_std_px, config.hold)
+        misfit.kappa = corrected_gain(explained, here, self.told_kappa, config.gain_std, config.hold)
+        misfit.focus_dpt = focus_dpt
         self._restart()
 
     def _links(self, depth_px: Tensor, along: int) -> Tensor:

@@ -33,9 +33,9 @@ from capture.optics import CONDITIONS as CAMERA_CONDITIONS
 from capture.optics import ApertureRenderer, Condition
 from reconstruct.denoise import root_of
 from reconstruct.estimate import Estimate
+from reconstruct.misfit import Misfit
 from reconstruct.plane_sweep import plane_sweep
 from reconstruct.predict import load_network, predict
-from reconstruct.refine import Misfit
 from reconstruct.render import Model
 from reconstruct.spectrum import PsfShape
 from tests.benchmarks import foundation_stacks

@@ -16,7 +16,7 @@ from tests.reconstruct.tiny_datasets import write_nyuv2
 
 @pytest.fixture(scope="module")
 def sweep():
-    """Frames and validity of a scene's middle, true settings and gains."""
+    """Frames and validity of a scene, its true settings and gains."""
     scene = procedural_scene(3, 96, 128)
     taken = simulate_sweep(scene, *sweep_for_scene(scene, 5, 16.0), Condition(psf="disc", noise_std=0.01, bits=8))
     frames = torch.from_numpy(np.ascontiguousarray(taken.linear().transpose(0, 3, 1, 2)))

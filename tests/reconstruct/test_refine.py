@@ -11,9 +11,10 @@ from capture.scenes import procedural_scene
 from reconstruct.denoise import root_of
 from reconstruct.estimate import Estimate
 from reconstruct.losses import charbonnier
+from reconstruct.misfit import Misfit
 from reconstruct.plane_sweep import plane_sweep
 from reconstruct.predict import load_network, predict
-from reconstruct.refine import Misfit, RefineConfig, _Refinement, refine
+from reconstruct.refine import RefineConfig, _Refinement, refine
 from reconstruct.render import render_stack
 
 STILL = RefineConfig(moves_px=(), recede_px=())  # saves time where moves do not matter
