@@ -18,7 +18,7 @@ demo: install
 	$(BIN)/daif demo --output demo
 
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-slow: install
 	$(BIN)/python -m pytest -m 'slow and not gpu and not hardware' --timeout 3600
