@@ -58,7 +58,7 @@ from reconstruct.predict import TrainedNetwork, predict, wrap
 from reconstruct.refine import refine
 from reconstruct.render import render_stack
 from reconstruct.retake import altered, mixed, part_of, taken_again, within_sweep
-from reconstruct.settle import settle, stay
+from reconstruct.settle import LEARNED, stay
 from reconstruct.spectrum import PsfShape
 from reconstruct.train import TrainConfig, fit, is_first_process
 
@@ -178,8 +178,8 @@ class Lesson:
                 first = predict(start, *parts, metric=stack.metric, context=context, evidence=evidence)
             misfit = Misfit(frames, focus, kappa, valid=valid)
             misfit.choose_psf(first)
-            conclude = stay if start is None else settle  # from nothing means without anything learned elsewhere
-            more = {"valid": valid, "psf": misfit.psf, "conclude": conclude}
+            choices = (stay,) if start is None else LEARNED  # from nothing means without anything learned elsewhere
+            more = {"valid": valid, "psf": misfit.psf, "choices": choices}
             wanted = refine(frames, focus, kappa, first, steps=refine_steps, **more)  # type: ignore[arg-type]
             maps, psf = {name: getattr(wanted, name).cpu() for name in MAPS}, misfit.psf
             if refined is not None:

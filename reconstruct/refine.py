@@ -16,14 +16,15 @@ beside a near object, whose blurred outline is all the detail there, depth is of
 of the same colour. Each offer first gets a few steps of its own image; then every pixel takes the offer under which the
 frames around it fit best (fusion moves, Lempitsky et al. 2010, without the graph cut).
 
-In the end the moves are offered once more, and a small network that was trained on simulated scenes chooses among them
-and says how wrong its choice may be (`settle.py`). It knows misfits and shapes, not what scenes look like.
+The last of the rounds, and one more in the end, are judged by small networks that were trained on simulated scenes; the
+one in the end says how wrong its choice may be, too (`settle.py`). They know misfits and shapes, not what scenes look
+like.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +39,7 @@ from reconstruct.losses import edge_aware_smoothness
 from reconstruct.misfit import ImageDescent, Misfit
 from reconstruct.plane_sweep import Photometry, quietened
 from reconstruct.render import Model
-from reconstruct.settle import Closing, Settled, settle, stay
+from reconstruct.settle import LEARNED, Choice, Closing, stay
 from reconstruct.smoothing import edge_aware_mean
 from reconstruct.spectrum import PsfShape
 
@@ -106,7 +107,7 @@ def refine(
     config: RefineConfig | None = None,
     context: Photometry | None = None,
     progress: Callable[[int, float], None] | None = None,
-    conclude: Callable[[Closing], Settled] = settle,
+    choices: Sequence[Choice] = LEARNED,
 ) -> Estimate:
     """`start` after `steps` of descent: what the best state makes of its depth, and the image fused from the frames.
 
@@ -121,7 +122,7 @@ def refine(
         psf: see `render_stack`; None takes what fits the frames better at the start.
         context: of the whole picture, where `frames` are a tile of it.
         progress: called with each step's number and loss.
-        conclude: chooses the depth in the end and says how sure it is.
+        choices: the last chooses the depth in the end and says how sure it is; each before it, a round of moves.
     """
     if steps == 0:
         return start
@@ -130,12 +131,15 @@ def refine(
     if psf is None:
         misfit.choose_psf(start)
     state = _Refinement(misfit, start, config or RefineConfig())
+    *midway, conclude = choices
     for step in range(steps):
         if step == 0:
             state.shift_surfaces()
         elif step == round(MOVES_AT * steps):
-            for _ in range(state.config.rounds):
+            for _ in range(state.config.rounds - len(midway)):
                 state.try_moves()
+            for choice in midway:
+                state.choose(choice)
             state.fit_lens()
             for _ in range(state.config.shifts):
                 state.shift_surfaces()
@@ -300,17 +304,26 @@ class _Refinement:
         left = left.mean((0, 1))
         return root[:3], functional.avg_pool2d(left[None], window, 1, window // 2, count_include_pad=False)[0]
 
-    def best(self, conclude: Callable[[Closing], Settled]) -> Estimate:
+    def choose(self, choice: Choice) -> None:
+        """Let `choice` choose the depth among this one and all offers."""
+        here = self.depth_px.detach().clone()
+        depth = choice(self._closing(here)).depth_px
+        moved = (depth - here).abs() >= NOISE_PX
+        with torch.no_grad():
+            self.expected_px = torch.where(moved, depth, self.expected_px + depth - here)
+            self.depth_px.copy_(depth)
+        self._restart()
+
+    def best(self, conclude: Choice) -> Estimate:
         """What is made of the state with the lowest loss since the last moves."""
         self._keep_if_best(float(self.loss().detach()))
-        depth_px, std_px = conclude(self._closing(offering=conclude is not stay))
+        depth_px, std_px = conclude(self._closing(self.kept_px, offering=conclude is not stay))
         confidence = 1 / (1 + 4 * std_px)  # per px of CoC, as in prediction
         inverse_depth, std = depth_px * self.dpt_per_px, std_px * self.dpt_per_px
         return self.start._replace(inverse_depth_dpt=inverse_depth, std_dpt=std, confidence=confidence)
 
-    def _closing(self, *, offering: bool) -> Closing:
-        """What is known of the kept depth; of what moves would make of it only when `offering`, for that takes long."""
-        depth = self.kept_px
+    def _closing(self, depth: Tensor, *, offering: bool = True) -> Closing:
+        """What is known of a depth; of what moves would make of it only when `offering`, for that takes long."""
         with torch.no_grad():
             self.depth_px.copy_(depth)
         _, here = self._shifted(0.0)

@@ -1,5 +1,8 @@
 """How a refinement ends: a small network chooses, pixel by pixel, among the depths that were offered last.
 
+Another has done so once on the way, so that what follows starts from its choice: it was trained on what refinements
+come to without it, and the one that ends them on what they come to with it.
+
 Beside edges the misfit alone is a poor judge of a move. It is pooled over a window that both sides of the edge share,
 and what a near object hides is guessed. How the misfits of several offers, the image and the depth's own shape go
 together with the truth is the same in every scene, so it is learned once, on simulated ones (`settle_train.py`).
@@ -14,6 +17,7 @@ Letters: K offers, (H, W) pixels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +29,7 @@ from torch import Tensor, nn
 from reconstruct.checkpoint import load_weights
 
 WEIGHTS = Path(__file__).parent / "weights" / "settle.safetensors"
+MIDWAY_WEIGHTS = WEIGHTS.with_name("settle_midway.safetensors")
 OFFERS = 8  # the moves of `RefineConfig`
 LARGEST_CHANGE_PX = 1.0  # of blur std, beyond what was offered
 KNOWN_STD_PX = 0.02, 10.0  # of a start; beyond them it says no more
@@ -174,15 +179,25 @@ class _Doubt(_Layers):
         return (start_std_px * gain.exp())[:, 0]
 
 
-@torch.no_grad()
-def settle(closing: Closing) -> Settled:
-    """What the shipped network makes of a refinement's end.
+Choice = Callable[[Closing], Settled]
 
-    Where other moves were offered than it learned to judge, the depth stays.
-    """
+
+def settle(closing: Closing) -> Settled:
+    """What the shipped network makes of a refinement's end."""
+    return _settled_by(WEIGHTS, closing)
+
+
+def settle_midway(closing: Closing) -> Settled:
+    """What the shipped network makes of the last moves before the end."""
+    return _settled_by(MIDWAY_WEIGHTS, closing)
+
+
+@torch.no_grad()
+def _settled_by(weights: Path, closing: Closing) -> Settled:
+    """Where other moves were offered than the network learned to judge, the depth stays."""
     if len(closing.offers_px) != OFFERS:
         return stay(closing)
-    settled: Settled = _shipped(closing.depth_px.device)(closing)
+    settled: Settled = _shipped(weights, closing.depth_px.device)(closing)
     return settled
 
 
@@ -195,9 +210,12 @@ def stay(closing: Closing) -> Settled:
     return Settled(depth_px, torch.hypot(closing.start_std_px, (depth_px - closing.start_px) / 2))
 
 
-@lru_cache(maxsize=1)
-def _shipped(device: torch.device) -> SettlingNet:
-    return load_settling(WEIGHTS, device)
+LEARNED: tuple[Choice, ...] = settle_midway, settle  # what `refine` chooses by
+
+
+@lru_cache(maxsize=2)
+def _shipped(weights: Path, device: torch.device) -> SettlingNet:
+    return load_settling(weights, device)
 
 
 def load_settling(path: Path, device: torch.device) -> SettlingNet:

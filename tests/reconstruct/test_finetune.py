@@ -18,7 +18,7 @@ from reconstruct import finetune
 from reconstruct.dataset import CapturedStack
 from reconstruct.finetune import Lesson, reliably_lower, withheld_error
 from reconstruct.predict import load_network
-from reconstruct.settle import settle, stay
+from reconstruct.settle import LEARNED, stay
 
 
 @pytest.fixture(scope="module")
@@ -79,20 +79,20 @@ def test_a_fine_tuned_network_keeps_a_share_of_its_start():
     assert all(torch.allclose(learned.state_dict()[name], before[name] + 1) for name in before)  # goes on learning
 
 
-@pytest.mark.parametrize(("start", "end"), [("default", settle), (None, stay)])
+@pytest.mark.parametrize(("start", "choosing"), [("default", LEARNED), (None, (stay,))])
 def test_nothing_learned_elsewhere_teaches_a_network_that_starts_from_nothing(
-    captured, tmp_path, monkeypatch, start, end
+    captured, tmp_path, monkeypatch, start, choosing
 ):
     network = start and load_network(start, torch.device("cpu"))
-    ends = []
+    told = []
 
-    def told(frames, focus, kappa, first, *, conclude, **_):
-        ends.append(conclude)
+    def refine(frames, focus, kappa, first, *, choices, **_):
+        told.append(choices)
         return first
 
-    monkeypatch.setattr(finetune, "refine", told)
+    monkeypatch.setattr(finetune, "refine", refine)
     finetune.prepare_lessons([captured[0]], network, 1, torch.device("cpu"), tmp_path)
-    assert ends == [end]
+    assert told == [choosing]
 
 
 def test_processes_share_the_refining(captured, tmp_path, monkeypatch):

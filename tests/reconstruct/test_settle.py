@@ -9,6 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from capture.config import load_yaml
 from capture.errors import DataError, UsageError
 from reconstruct import settle_train
 from reconstruct.checkpoint import DEFAULT_WEIGHTS, load_weights
@@ -16,11 +17,24 @@ from reconstruct.cli import app
 from reconstruct.metrics import confidence_errors
 from reconstruct.plane_sweep import plane_sweep
 from reconstruct.predict import load_network
-from reconstruct.refine import RefineConfig, refine
-from reconstruct.settle import OFFERS, SIGNS, WEIGHTS, SettlingNet, load_settling, settle, stay
+from reconstruct.refine import RefineConfig, _Refinement, refine
+from reconstruct.settle import (
+    LEARNED,
+    MIDWAY_WEIGHTS,
+    OFFERS,
+    SIGNS,
+    WEIGHTS,
+    Settled,
+    SettlingNet,
+    load_settling,
+    settle,
+    settle_midway,
+    stay,
+)
 from reconstruct.settle_train import SettleRecipe, learn_to_choose, read_closing, refined_stack, train_settling
 from tests.reconstruct.test_refine import Stack
 
+MIDWAY_RECIPE = Path(__file__).parents[2] / "configs" / "train" / "refinement_midway.yaml"
 TINY = SettleRecipe(
     scenes=3,
     from_sweep=1,
@@ -36,10 +50,10 @@ TINY = SettleRecipe(
 )
 
 
-def train(out: Path, pool: Path) -> str:
+def train(out: Path, pool: Path, recipe: SettleRecipe = TINY) -> str:
     """What `daif train` prints of a tiny run."""
     settings = out.with_suffix(".yaml")
-    settings.write_text("\n".join(f"{name}: {value}" for name, value in TINY.model_dump().items()))
+    settings.write_text("\n".join(f"{name}: {value}" for name, value in recipe.model_dump().items()))
     options = ["--recipe", "refinement", "--config", settings, "--pool", pool, "-o", out]
     result = CliRunner().invoke(app, ["train", *map(str, options)])
     assert result.exit_code == 0, result.exception
@@ -117,21 +131,45 @@ def test_refinement_ends_with_its_choice():
         kept.append(closing)
         return settle(closing)
 
-    refined = refine(stack.frames, stack.focus, stack.kappa, stack.start, steps=2, conclude=keep)
+    refined = refine(stack.frames, stack.focus, stack.kappa, stack.start, steps=2, choices=(settle_midway, keep))
     dpt_per_px = 4 / stack.kappa.mean()
     depth, std = settle(kept[0])
     torch.testing.assert_close(refined.inverse_depth_dpt, depth * dpt_per_px)
     torch.testing.assert_close(refined.std_dpt, std * dpt_per_px)
     torch.testing.assert_close(refined.confidence, 1 / (1 + refined.std_dpt * stack.kappa.mean()))
     assert (depth - kept[0].settled_px).abs().max() > 0.01
-    assert inspect.signature(refine).parameters["conclude"].default is settle
+    assert inspect.signature(refine).parameters["choices"].default == (settle_midway, settle)
+
+
+def test_a_choice_on_the_way_takes_the_place_of_a_round(monkeypatch):
+    """And what it chose is what goes on."""
+    stack = Stack()
+    rounds, seen = [], []
+
+    def round_of_moves(refinement):
+        rounds.append(refinement)
+
+    def choice(by_px):
+        def chosen(closing):
+            seen.append(closing.depth_px)
+            return Settled(closing.depth_px + by_px, closing.start_std_px)
+
+        return chosen
+
+    monkeypatch.setattr(_Refinement, "try_moves", round_of_moves)
+    refine(stack.frames, stack.focus, stack.kappa, stack.start, steps=2, choices=(choice(2.0), choice(0.0)))
+    assert len(rounds) == RefineConfig().rounds - 1
+    before, after = seen
+    assert (after - before).median() > 1  # a step and the shifts of surfaces pull it back a little
+    refine(stack.frames, stack.focus, stack.kappa, stack.start, steps=2, choices=(stay,))
+    assert len(rounds) == 2 * RefineConfig().rounds - 1
 
 
 def test_its_std_foresees_errors():
     """Better than the start's std and the distance that depth has moved, and neither far too wide nor too narrow."""
     stack = Stack()
     maps = stack.frames, stack.focus, stack.kappa, stack.start
-    refined, stayed = (refine(*maps, steps=15, conclude=conclude) for conclude in (settle, stay))
+    refined, stayed = (refine(*maps, steps=15, choices=choices) for choices in (LEARNED, (stay,)))
     told, before = (
         confidence_errors(*(x.numpy() for x in (*answer[:3], 1 / stack.truth))) for answer in (refined, stayed)
     )
@@ -154,7 +192,7 @@ def test_a_stack_is_refined_once(pool):
 def test_some_stacks_are_refined_from_the_plane_sweep(pool, monkeypatch):
     begun = []
 
-    def told(frames, focus, kappa, start, *, conclude, **_):
+    def told(frames, focus, kappa, start, **_):
         begun.append(torch.equal(start.inverse_depth_dpt, plane_sweep(frames, focus, kappa).inverse_depth_dpt))
         raise InterruptedError
 
@@ -207,20 +245,46 @@ def test_an_interrupted_run_goes_on_with_the_next_part(tmp_path, pool, monkeypat
     assert len(chosen) == 2 * TINY.members
 
 
+def test_the_network_on_the_way_is_made_by_refinements_without_it(tmp_path, pool):
+    """It starts afresh; the other goes on from it."""
+    first = TINY.model_copy(update={"midway": False, "members": 1, "from_sweep": 0, "scenes": 2})
+    train(tmp_path / "run", tmp_path / "pool", first)
+    (made,) = (path.parent.name for path in (tmp_path / "pool").rglob("*000000.safetensors"))
+    (made_after,) = (path.parent.name for path in pool.rglob("*000000.safetensors"))
+    identity = load_weights(MIDWAY_WEIGHTS)[1]["sha256"][:12]
+    assert made_after == f"{made}-after-{identity}"
+    afresh, alone = load_weights(tmp_path / "run" / "settle.safetensors")
+    going_on, after = load_weights(pool.parent / "run" / "settle.safetensors")
+    assert (alone["midway"], after["midway"]) == (None, identity)
+    known = load_weights(MIDWAY_WEIGHTS)[0]
+    name = "members.0.first.weight"
+    assert torch.dist(going_on[name], known[name]) < 0.1 * torch.dist(afresh[name], known[name])
+
+
 def test_the_plan_is_told(tmp_path):
     result = CliRunner().invoke(app, ["train", "--recipe", "refinement", "-o", str(tmp_path / "run"), "--dry-run"])
-    assert "775 simulated stacks" in result.stdout
+    assert "400 simulated stacks" in result.stdout
     assert not (tmp_path / "run").exists()
 
 
 def test_shipped_weights_say_how_they_came_about():
+    _, midway = load_weights(MIDWAY_WEIGHTS, "settle")
     _, about = load_weights(WEIGHTS, "settle")
-    assert about["recipe"] == SettleRecipe().model_dump()
-    assert about["validation"]["chosen_to_start"] < about["validation"]["refined_to_start"]
+    assert about["midway"] == midway["sha256"][:12]
+    assert SettleRecipe(**about["recipe"]) == SettleRecipe()
+    assert SettleRecipe(**midway["recipe"]) == load_yaml(MIDWAY_RECIPE, SettleRecipe)
+    for validation in (about["validation"], midway["validation"]):
+        assert validation["chosen_to_start"] < validation["refined_to_start"]
 
 
 @pytest.mark.parametrize(
-    ("wrong", "says"), [({"scenes": 12}, "more than held_out"), ({"crop_px": 150}, "at most stack_px")]
+    ("wrong", "says"),
+    [
+        ({"scenes": 12}, "more than held_out"),
+        ({"crop_px": 150}, "at most stack_px"),
+        ({"width": 8}, "5 of width 24"),
+        ({"members": 6}, "5 of width 24"),
+    ],
 )
 def test_a_recipe_that_cannot_be_followed_is_one_sentence(tmp_path, wrong, says):
     settings = tmp_path / "wrong.yaml"
