@@ -23,7 +23,7 @@ def train_command(
     out: Annotated[Path, typer.Option("--output", "-o", help="Folder of the run: states, curves, weights.")],
     stacks: Annotated[list[str] | None, typer.Argument(help="Captured stacks (.h5), folders of them, or URLs.")] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="Train on simulated stacks: default, or refinement (its last step).")
+        str | None, typer.Option(help="Train on simulated stacks: default, or refinement (what chooses depths in it).")
     ] = None,
     preset: Annotated[str, typer.Option(help="default, or paper for the published network and training.")] = "default",
     init: Annotated[str, typer.Option(help="Start from: default, none, or a weights file.")] = "default",
@@ -90,8 +90,9 @@ def _refinement_plan(settings: SettleRecipe) -> str:
     from reconstruct.settle import SettlingNet
 
     net = SettlingNet(settings.width, settings.members)
+    when = "in the end" if settings.midway else "on the way"
     return (
-        f"network    last step of refinement, {sum(p.numel() for p in net.parameters()):,} parameters\n"
+        f"network    refinement's choice {when}, {sum(p.numel() for p in net.parameters()):,} parameters\n"
         f"data       recipe refinement: {settings.stacks} simulated stacks, refined on all cores\n"
         f"steps      {settings.steps} of {settings.batch} crops of {settings.crop_px} px\n"
         f"device     cpu"
