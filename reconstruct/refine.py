@@ -308,7 +308,7 @@ class _Refinement:
         """Let `choice` choose the depth among this one and all offers."""
         here = self.depth_px.detach().clone()
         depth = choice(self._closing(here)).depth_px
-        moved = (depth - here).abs() >= NOISE_PX
+        moved = (depth - here).abs() >= NOISE_PX  # only so much replaces what is expected; less carries it along
         with torch.no_grad():
             self.expected_px = torch.where(moved, depth, self.expected_px + depth - here)
             self.depth_px.copy_(depth)

@@ -36,12 +36,12 @@ KNOWN_STD_PX = 0.02, 10.0  # of a start; beyond them it says no more
 
 
 class Closing(NamedTuple):
-    """What a refinement knows in the end; depths in px of blur std, misfits per pixel.
+    """What a refinement knows in the end, or on the way; depths in px of blur std, misfits per pixel.
 
     Attributes:
         start_px: where it began, (H, W).
         start_std_px: how far wrong the start expected to be, (H, W); infinite where it did not say.
-        depth_px: where the descent ended, (H, W).
+        depth_px: where the descent has come to, (H, W).
         settled_px: the same less what noise alone brings about.
         pooled_px: the same pooled along surfaces.
         here: misfit at `depth_px`, the image fitted to it, (H, W).
