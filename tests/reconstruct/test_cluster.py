@@ -107,6 +107,18 @@ def test_a_worker_killed_before_its_record_is_fetched(client, tmp_path, monkeypa
     assert sorted(marks(paths).values()) == [1, 1, 1, 2]  # done again: `work` leaves nothing to find
 
 
+def address_in(file, within_s=60):
+    """The address in a scheduler file, once the scheduler has written all of it."""
+    deadline = time.monotonic() + within_s
+    while True:
+        try:
+            return json.loads(file.read_text())["address"]
+        except (FileNotFoundError, json.JSONDecodeError):  # the file is there before its text is
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+
+
 @contextlib.contextmanager
 def started_by_hand(folder, workers=2, path=""):
     """A scheduler and `workers` as a user starts them: (address, the scheduler's process, start another worker)."""
@@ -124,10 +136,7 @@ def started_by_hand(folder, workers=2, path=""):
 
     try:
         start("scheduler", "--port", "0", path=path)
-        deadline = time.monotonic() + 60
-        while not file.exists() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        address = json.loads(file.read_text())["address"]
+        address = address_in(file)
         for _ in range(workers):
             start_worker()
         yield address, started[0], start_worker
