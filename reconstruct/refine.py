@@ -39,7 +39,7 @@ from reconstruct.losses import edge_aware_smoothness
 from reconstruct.misfit import ImageDescent, Misfit
 from reconstruct.plane_sweep import Photometry, quietened
 from reconstruct.render import Model
-from reconstruct.settle import LEARNED, Choice, Closing, stay
+from reconstruct.settle import LEARNED, Choice, Closing, Settled, stay
 from reconstruct.smoothing import edge_aware_mean
 from reconstruct.spectrum import PsfShape
 
@@ -54,6 +54,7 @@ LEAST_CURVATURE = 1e-4  # of the misfit per px of blur squared: where nothing te
 MOVES_AT = 0.3  # share of the steps before moves: the image fits by then, and enough are left to settle
 STEADY_SHARE = 0.5  # of the steps at full length; then they shrink to 0
 NOISE_PX = 0.05  # changes of blur that noise alone brings about in a pixel
+FEW, ENOUGH = 0.5, 0.75  # shares of the frames that hold data: with so few the start stays, with so many it does not
 
 
 @dataclass(frozen=True)
@@ -317,10 +318,17 @@ class _Refinement:
     def best(self, conclude: Choice) -> Estimate:
         """What is made of the state with the lowest loss since the last moves."""
         self._keep_if_best(float(self.loss().detach()))
-        depth_px, std_px = conclude(self._closing(self.kept_px, offering=conclude is not stay))
+        depth_px, std_px = self._kept_back(conclude(self._closing(self.kept_px, offering=conclude is not stay)))
         confidence = 1 / (1 + 4 * std_px)  # per px of CoC, as in prediction
         inverse_depth, std = depth_px * self.dpt_per_px, std_px * self.dpt_per_px
         return self.start._replace(inverse_depth_dpt=inverse_depth, std_dpt=std, confidence=confidence)
+
+    def _kept_back(self, found: Settled) -> Settled:
+        """`found`, or the start where few frames hold data, as at borders: what explains few may be anything."""
+        enough = ((self.misfit.usable.float().mean(0) - FEW) / (ENOUGH - FEW)).clamp(0, 1)
+        start_px = self.start.inverse_depth_dpt / self.dpt_per_px
+        unsure_px = torch.maximum(self.std_px, found.std_px)
+        return Settled(torch.lerp(start_px, found.depth_px, enough), torch.where(enough < 1, unsure_px, found.std_px))
 
     def _closing(self, depth: Tensor, *, offering: bool = True) -> Closing:
         """What is known of a depth; of what moves would make of it only when `offering`, for that takes long."""
