@@ -170,7 +170,8 @@ class _Refinement:
         # where the start does not say how sure it is, nothing holds the pixel
         known = self.std_dpt > 0
         self.std_px = torch.where(known, self.std_dpt / self.dpt_per_px, torch.inf).clamp_min(LEAST_STD_PX)
-        self.expected_px = start.inverse_depth_dpt / self.dpt_per_px  # the start, and what moves and shifts made of it
+        self.start_px = start.inverse_depth_dpt / self.dpt_per_px
+        self.expected_px = self.start_px  # and what moves and shifts made of it
         self.depth_px = self.expected_px.clone().requires_grad_()
         root = root_of(start.aif.to(misfit.frames))
         step = (root.diff(dim=axis).abs().sum(0) / EDGE_ROOT for axis in (1, 2))
@@ -229,7 +230,7 @@ class _Refinement:
             self.root.copy_(root)
             self.depth_px += change
         self.shift_px += change
-        self.expected_px += change
+        self.expected_px = self.expected_px + change
         self._restart()
 
     def _shifted(self, by_px: float) -> tuple[Tensor, Tensor]:
@@ -326,9 +327,8 @@ class _Refinement:
     def _kept_back(self, found: Settled) -> Settled:
         """`found`, or the start where few frames hold data, as at borders: what explains few may be anything."""
         enough = ((self.misfit.usable.float().mean(0) - FEW) / (ENOUGH - FEW)).clamp(0, 1)
-        start_px = self.start.inverse_depth_dpt / self.dpt_per_px
-        unsure_px = torch.maximum(self.std_px, found.std_px)
-        return Settled(torch.lerp(start_px, found.depth_px, enough), torch.where(enough < 1, unsure_px, found.std_px))
+        depth_px = torch.lerp(self.start_px, found.depth_px, enough)
+        return Settled(depth_px, torch.where(enough < 1, torch.maximum(self.std_px, found.std_px), found.std_px))
 
     def _closing(self, depth: Tensor, *, offering: bool = True) -> Closing:
         """What is known of a depth; of what moves would make of it only when `offering`, for that takes long."""
@@ -342,16 +342,15 @@ class _Refinement:
             offers.append(moved)
             left.append(self._tried_offer(moved, depth, 1)[1])
         offered = torch.stack([depth, *offers])[1:]
-        began = self.start.inverse_depth_dpt / self.dpt_per_px, self.std_px
-        return Closing(*began, depth, *self._settled(depth), here, shifted, offered, torch.stack(left), root)
+        maps = depth, *self._settled(depth), here, shifted, offered, torch.stack(left), root
+        return Closing(self.start_px, self.std_px, *maps)
 
     def _settled(self, depth_px: Tensor) -> tuple[Tensor, Tensor]:
         """`depth_px` pooled along surfaces: less the changes that noise alone makes of the start, and as it is."""
         down, right = (self._links(depth_px, along) for along in (0, 1))
         pooled = edge_aware_mean(depth_px[None], down, right, self.config.reach_px**2)[0]
-        start_px = self.start.inverse_depth_dpt / self.dpt_per_px
-        change = pooled - start_px
-        return start_px + change * change.square() / (change.square() + NOISE_PX**2), pooled
+        change = pooled - self.start_px
+        return self.start_px + change * change.square() / (change.square() + NOISE_PX**2), pooled
 
     def _keep_if_best(self, loss: float) -> None:
         if loss < self.lowest:
