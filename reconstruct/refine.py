@@ -117,7 +117,7 @@ def refine(
         focus_dpt: focus of each frame, (S,) in 1/m.
         kappa: blur gain of each frame, (S,), pixels of CoC diameter per dioptre.
         start: where to begin.
-        valid: pixels that hold data, (S, H, W).
+        valid: pixels that hold data, (S, H, W); where only half of the frames or fewer do, the start stays.
         model: see `render_stack`; `scatter` takes a third of the time, but beside near objects it prefers a wrong depth
             (tests/benchmarks/bench_forward_model.py).
         psf: see `render_stack`; None takes what fits the frames better at the start.
