@@ -17,7 +17,15 @@ from capture.optics import BLACK
 from reconstruct.denoise import root_of
 from reconstruct.estimate import Estimate
 from reconstruct.fusion import fuse
-from reconstruct.render import FixedDepth, Hidden, Model, continued_behind, hidden_inverse_depth, render_stack
+from reconstruct.render import (
+    LAYER_STEP_PX,
+    FixedDepth,
+    Hidden,
+    Model,
+    continued_behind,
+    hidden_inverse_depth,
+    render_stack,
+)
 from reconstruct.spectrum import Psf, PsfShape
 
 GAUSSIAN_GAIN = 0.25  # a Gaussian lens is told from a disc one; it has the disc's second moment
@@ -43,11 +51,12 @@ class Misfit:
         valid: Tensor | None = None,
         model: Model = "occlusion",
         psf: PsfShape = "disc",
+        layer_step_px: float = LAYER_STEP_PX,
     ) -> None:
         finite = torch.isfinite(frames).all(1)
         self.frames, self.usable = frames, finite if valid is None else finite & valid
         self.focus_dpt, self.kappa = focus_dpt.to(frames), kappa.to(frames)
-        self.model, self.psf = model, psf
+        self.model, self.psf, self.layer_step_px = model, psf, layer_step_px
         self.weight = self.usable[:, None].to(frames)
         self.target = root_of(torch.where(self.usable[:, None], frames, 0.0))
         self.values = 3 * self.weight.sum().clamp_min(1)
@@ -56,6 +65,12 @@ class Misfit:
         """That of the same frames, were they taken so."""
         other = copy.copy(self)
         other.focus_dpt, other.kappa = focus_dpt, kappa
+        return other
+
+    def layered(self, step_px: float) -> Misfit:
+        """The same, rendered from layers so far apart, px of CoC diameter."""
+        other = copy.copy(self)
+        other.layer_step_px = step_px
         return other
 
     def rendered(self, root: Tensor, inverse_depth_dpt: Tensor) -> Tensor:
@@ -72,6 +87,7 @@ class Misfit:
             psf=self.psf,
             gaussian_gain=GAUSSIAN_GAIN,
             floor_px=FLOOR_PX,
+            layer_step_px=self.layer_step_px,
         )[0]
 
     def at(self, inverse_depth_dpt: Tensor, *, hidden: bool) -> Callable[[Tensor], Tensor]:
@@ -80,7 +96,7 @@ class Misfit:
             return partial(self, inverse_depth_dpt=inverse_depth_dpt)
         behind = hidden_inverse_depth(inverse_depth_dpt[None, None], self.kappa[None])[0, 0] if hidden else None
         psf = Psf(self.psf, GAUSSIAN_GAIN, FLOOR_PX)
-        render = FixedDepth(inverse_depth_dpt, self.focus_dpt, self.kappa, psf, behind)
+        render = FixedDepth(inverse_depth_dpt, self.focus_dpt, self.kappa, psf, behind, self.layer_step_px)
         return lambda root: self._compared(render(*(root.square() - BLACK).split(3)))
 
     def with_hidden(self, root: Tensor, inverse_depth_dpt: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ from reconstruct.lens_fit import HOLD, Explained, corrected_focus, corrected_gai
 from reconstruct.losses import edge_aware_smoothness
 from reconstruct.misfit import ImageDescent, Misfit
 from reconstruct.plane_sweep import Photometry, quietened
-from reconstruct.render import Model
+from reconstruct.render import LAYER_STEP_PX, Model
 from reconstruct.settle import LEARNED, Choice, Closing, Settled, stay
 from reconstruct.smoothing import edge_aware_mean
 from reconstruct.spectrum import PsfShape
@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 MOVED_PX = 0.3  # change of blur below which growing or shrinking is not worth offering
 LEAST_STD_PX = 0.02  # no start is surer than this
+FINE_STEP_PX = 1.25  # CoC diameter between layers where the misfit's slope counts; moves are judged by coarser ones
 EDGE_PX, EDGE_ROOT = 0.3, 0.3  # differences of depth, of the root image's channels together, that end a surface
 PROBE_PX = 0.25  # change of blur at which the misfit's slope is taken
 UNEXPLAINED = 2.0  # times the median misfit: pixels with more say little about depth
@@ -128,7 +129,7 @@ def refine(
     if steps == 0:
         return start
     quiet, _ = quietened(frames, valid, context)
-    misfit = Misfit(quiet, focus_dpt, kappa, valid=valid, model=model, psf=psf or "disc")
+    misfit = Misfit(quiet, focus_dpt, kappa, valid=valid, model=model, psf=psf or "disc", layer_step_px=FINE_STEP_PX)
     if psf is None:
         misfit.choose_psf(start)
     state = _Refinement(misfit, start, config or RefineConfig())
@@ -300,9 +301,10 @@ class _Refinement:
     def _tried(self, root: Tensor, depth_px: Tensor, window_px: int | None = None) -> tuple[Tensor, Tensor]:
         """`root` fitted to this depth for a few steps, and the misfit that is left around every pixel, (H, W)."""
         depth_dpt, window = depth_px * self.dpt_per_px, window_px or self.config.window_px
-        if self.misfit.model == "occlusion":  # without light for what near edges hide, truth would not win beside them
-            root = self.misfit.with_hidden(root.detach(), depth_dpt)
-        root, left = self.misfit.fitted(root, depth_dpt, self.config.trial_steps)
+        misfit = self.misfit.layered(LAYER_STEP_PX)
+        if misfit.model == "occlusion":  # without light for what near edges hide, truth would not win beside them
+            root = misfit.with_hidden(root.detach(), depth_dpt)
+        root, left = misfit.fitted(root, depth_dpt, self.config.trial_steps)
         left = left.mean((0, 1))
         return root[:3], functional.avg_pool2d(left[None], window, 1, window // 2, count_include_pad=False)[0]
 

@@ -566,6 +566,7 @@ class FixedDepth:
         kappa: blur gain of each frame, px of CoC diameter per dioptre, (S,).
         psf: point spread function.
         hidden_dpt: inverse depth of what is hidden, (H, W) as in `Hidden`; None where nothing is.
+        layer_step_px: CoC diameter between layers.
     """
 
     @torch.no_grad()
@@ -576,10 +577,11 @@ class FixedDepth:
         kappa: Tensor,
         psf: Psf,
         hidden_dpt: Tensor | None = None,
+        layer_step_px: float = LAYER_STEP_PX,
     ) -> None:
         self.psf = psf
         depths = [inverse_depth_dpt] if hidden_dpt is None else [inverse_depth_dpt, hidden_dpt]
-        self.coc_px, places = _placed(depths, focus_dpt, kappa, LAYER_STEP_PX)
+        self.coc_px, places = _placed(depths, focus_dpt, kappa, layer_step_px)
         self.reach = psf.reach_px(float(self.coc_px.abs().max()))
         height, width = inverse_depth_dpt.shape
         tiles = _tiles(height, width, self.reach, least_px=OCCLUSION_TILE_PX)
