@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 import pytest
+import skimage.data
 import torch
 
+from capture.lens import Lens
 from capture.optics import Condition, Psf, simulate_sweep, sweep_for_scene
-from capture.scenes import procedural_scene
+from capture.scenes import Scene, procedural_scene, srgb_to_linear
 from reconstruct.denoise import root_of
 from reconstruct.estimate import Estimate
 from reconstruct.losses import charbonnier
 from reconstruct.misfit import Misfit
 from reconstruct.plane_sweep import plane_sweep
 from reconstruct.predict import load_network, predict
-from reconstruct.refine import RefineConfig, _Refinement, refine
-from reconstruct.render import render_stack
+from reconstruct.refine import FINE_STEP_PX, RefineConfig, _Refinement, refine
+from reconstruct.render import LAYER_STEP_PX, render_stack
 
 STILL = RefineConfig(moves_px=(), recede_px=())  # saves time where moves do not matter
 
@@ -90,6 +93,31 @@ def test_refine_improves_the_plane_sweep(stack):
     assert [step for step, _ in seen] == list(range(15))
     assert seen[-1][1] < seen[0][1]
     assert torch.isfinite(refined.aif).all()
+
+
+@pytest.mark.parametrize("between", [0.4, 0.6])
+def test_fine_texture_between_two_focus_settings_seems_no_nearer_the_closer_one(between):
+    """Layers as far apart as those that moves are judged by blur it like a mixture of discs, and 0.03 px too near."""
+    grass = srgb_to_linear(skimage.data.grass()[:144, :192] / 255.0).astype(np.float32)
+    grass = np.repeat(cv2.resize(grass, (96, 72), interpolation=cv2.INTER_AREA)[..., None], 3, 2)
+    true_dpt = 2 + between
+    lens = Lens(focal_length_m=0.05, f_number=2.8, pixel_pitch_m=1.7e-4)
+    plane = Scene(grass, np.full(grass.shape[:2], 1 / true_dpt, np.float32), "plane")
+    sweep = simulate_sweep(plane, lens, [1.0, 2.0, 3.0, 4.0], Condition(bits=None))
+    frames, root = (torch.from_numpy(np.moveaxis(x, -1, -3).copy()) for x in (sweep.linear(), grass))
+    focus, kappa = (torch.tensor(x, dtype=torch.float32) for x in (sweep.focus_dpt, sweep.kappa_px_per_dpt))
+
+    def seems_px(step_px):
+        """Where a parabola through three misfits has its least, px of blur."""
+        apart_px = 0.08
+        misfit = Misfit(frames, focus, kappa, model="scatter", layer_step_px=step_px)
+        left = []
+        for by_px in (-apart_px, 0.0, apart_px):
+            depth = torch.full((72, 96), true_dpt + by_px * 4 / float(kappa.mean()))
+            left.append(float(misfit.fitted(root_of(root), depth, 8)[1][..., 12:-12, 12:-12].mean()))
+        return apart_px * (left[0] - left[2]) / (2 * (left[0] + left[2] - 2 * left[1]))
+
+    assert abs(seems_px(FINE_STEP_PX)) < 0.5 * abs(seems_px(LAYER_STEP_PX))
 
 
 def test_plain_background_is_offered_to_recede_beside_an_object_of_another_colour(stack):
