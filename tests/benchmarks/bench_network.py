@@ -523,7 +523,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--optics", nargs="+", default=OPTICS, choices=OPTICS)
     parser.add_argument("--conditions", nargs="+", default=CONDITIONS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--nothing-steps", type=int, default=200)
+    parser.add_argument("--nothing-steps", type=int, default=FROM_NOTHING.steps)
     parser.add_argument("--paper-steps", type=int, default=100)
     parser.add_argument("--places", nargs="+", default=scene_names(), help="of the part `place`")
     parser.add_argument("--resume", action="store_true")
