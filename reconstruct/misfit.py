@@ -51,12 +51,11 @@ class Misfit:
         valid: Tensor | None = None,
         model: Model = "occlusion",
         psf: PsfShape = "disc",
-        layer_step_px: float = LAYER_STEP_PX,
     ) -> None:
         finite = torch.isfinite(frames).all(1)
         self.frames, self.usable = frames, finite if valid is None else finite & valid
         self.focus_dpt, self.kappa = focus_dpt.to(frames), kappa.to(frames)
-        self.model, self.psf, self.layer_step_px = model, psf, layer_step_px
+        self.model, self.psf, self.layer_step_px = model, psf, LAYER_STEP_PX
         self.weight = self.usable[:, None].to(frames)
         self.target = root_of(torch.where(self.usable[:, None], frames, 0.0))
         self.values = 3 * self.weight.sum().clamp_min(1)

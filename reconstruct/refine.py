@@ -51,7 +51,6 @@ logger = logging.getLogger(__name__)
 
 MOVED_PX = 0.3  # change of blur below which growing or shrinking is not worth offering
 LEAST_STD_PX = 0.02  # no start is surer than this
-FINE_STEP_PX = 1.25  # CoC diameter between layers where the misfit's slope counts; moves are judged by coarser ones
 EDGE_PX, EDGE_ROOT = 0.3, 0.3  # differences of depth, of the root image's channels together, that end a surface
 PROBE_PX = 0.25  # change of blur at which the misfit's slope is taken
 UNEXPLAINED = 2.0  # times the median misfit: pixels with more say little about depth
@@ -80,6 +79,7 @@ class RefineConfig:
         reach_px: over how far along a surface a shift is pooled.
         hold: weight of the sum of all shifts in the start's own standard deviations, and of the frames' errors in
             theirs, in usual misfits: where frames are noisy, priors count for more.
+        layer_step_px: CoC diameter between the layers over which depth descends; moves are judged by LAYER_STEP_PX.
         focus_std_px: expected error of a frame's reported focus.
         gain_std: expected relative error of a frame's blur gain.
     """
@@ -96,6 +96,7 @@ class RefineConfig:
     shifts: int = 6
     reach_px: float = 3.0
     hold: float = HOLD
+    layer_step_px: float = LAYER_STEP_PX / 2
     focus_std_px: float = 0.05
     gain_std: float = 0.01
 
@@ -132,11 +133,13 @@ def refine(
     """
     if steps == 0:
         return start
+    config = config or RefineConfig()
     quiet, _ = quietened(frames, valid, context)
-    misfit = Misfit(quiet, focus_dpt, kappa, valid=valid, model=model, psf=psf or "disc", layer_step_px=FINE_STEP_PX)
+    misfit = Misfit(quiet, focus_dpt, kappa, valid=valid, model=model, psf=psf or "disc")
+    misfit = misfit.layered(config.layer_step_px)
     if psf is None:
         misfit.choose_psf(start)
-    state = _Refinement(misfit, start, config or RefineConfig())
+    state = _Refinement(misfit, start, config)
     *midway, conclude = choices
     for step in range(steps):
         if step == 0:

@@ -17,7 +17,7 @@ from reconstruct.losses import charbonnier
 from reconstruct.misfit import Misfit
 from reconstruct.plane_sweep import plane_sweep
 from reconstruct.predict import load_network, predict
-from reconstruct.refine import FINE_STEP_PX, RefineConfig, _Refinement, refine
+from reconstruct.refine import RefineConfig, _Refinement, refine
 from reconstruct.render import LAYER_STEP_PX, render_stack
 
 STILL = RefineConfig(moves_px=(), recede_px=())  # saves time where moves do not matter
@@ -110,14 +110,14 @@ def test_fine_texture_between_two_focus_settings_seems_no_nearer_the_closer_one(
     def seems_px(step_px):
         """Where a parabola through three misfits has its least, px of blur."""
         apart_px = 0.08
-        misfit = Misfit(frames, focus, kappa, model="scatter", layer_step_px=step_px)
+        misfit = Misfit(frames, focus, kappa, model="scatter").layered(step_px)
         left = []
         for by_px in (-apart_px, 0.0, apart_px):
             depth = torch.full((72, 96), true_dpt + by_px * 4 / float(kappa.mean()))
             left.append(float(misfit.fitted(root_of(root), depth, 8)[1][..., 12:-12, 12:-12].mean()))
         return apart_px * (left[0] - left[2]) / (2 * (left[0] + left[2] - 2 * left[1]))
 
-    assert abs(seems_px(FINE_STEP_PX)) < 0.5 * abs(seems_px(LAYER_STEP_PX))
+    assert abs(seems_px(RefineConfig().layer_step_px)) < 0.5 * abs(seems_px(LAYER_STEP_PX))
 
 
 def test_plain_background_is_offered_to_recede_beside_an_object_of_another_colour(stack):
