@@ -97,7 +97,7 @@ def test_refine_improves_the_plane_sweep(stack):
 
 @pytest.mark.parametrize("between", [0.4, 0.6])
 def test_fine_texture_between_two_focus_settings_seems_no_nearer_the_closer_one(between):
-    """Layers as far apart as those that moves are judged by blur it like a mixture of discs, and 0.03 px too near."""
+    """Layers as far apart as those that moves are judged by blur it like two discs mixed: it seems 0.03 px off."""
     grass = srgb_to_linear(skimage.data.grass()[:144, :192] / 255.0).astype(np.float32)
     grass = np.repeat(cv2.resize(grass, (96, 72), interpolation=cv2.INTER_AREA)[..., None], 3, 2)
     true_dpt = 2 + between
