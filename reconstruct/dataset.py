@@ -329,11 +329,17 @@ def _decode(coded: NDArray[np.uint16]) -> NDArray[np.float32]:
     return np.square(coded.astype(np.float32) / np.float32(65535))
 
 
-def render_scene(seed: Sequence[int], size: int) -> RenderedScene:
-    """The sweep of one scene through a random lens; a pure function of its arguments."""
-    scene = procedural_training_scene(seed, size)
+def render_scene(seed: Sequence[int], size: int, *, crowded: bool = False) -> RenderedScene:
+    """The sweep of one scene through a random lens; a pure function of its arguments.
+
+    A crowded one is drawn twice as large and reduced, through a lens that blurs much, as a room in a small picture: of
+    such pictures' pixels twice as many or more lie beside depth edges.
+    """
+    scene = procedural_training_scene(seed, 2 * size if crowded else size).resized(size, size)
     rng = np.random.default_rng([*seed, 2])
     least, most = (5, 36) if rng.random() < 0.85 else (1, 5)  # few px of blur over the whole sweep: far scenes, webcams
+    if crowded:
+        least, most = 12, 36
     range_px = float(np.exp(rng.uniform(np.log(least), np.log(most))))
     bend = rng.uniform(0.0, 0.08)  # f q of the thin lens: gain grows a little towards near focus
     focus = np.linspace(FAR_DPT, NEAR_DPT, SWEEP)

@@ -61,6 +61,17 @@ def test_rendered_scene_is_sharp_where_it_is_in_focus():
     assert np.array_equal(rendered.frames, repeated.frames)
 
 
+def test_a_crowded_scene_has_more_depth_edges():
+    shares = np.zeros(2)
+    for seed in range(8):
+        for crowded in (False, True):
+            scene = render_scene((12, seed), 48, crowded=crowded)
+            blur_px = scene.inverse_depth_dpt * scene.kappa.mean() / 4
+            shares[int(crowded)] += np.mean(np.abs(np.diff(blur_px, axis=1)) > 0.3)
+            assert not crowded or scene.kappa.mean() > 10
+    assert shares[1] > 1.8 * shares[0]
+
+
 def test_pool_returns_the_same_from_disk(pool):
     fresh, stored = pool[0], pool[0]
     for field in fields(fresh):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -14,6 +15,7 @@ from capture.errors import DataError, UsageError
 from reconstruct import settle_train
 from reconstruct.checkpoint import DEFAULT_WEIGHTS, load_weights
 from reconstruct.cli import app
+from reconstruct.dataset import render_scene
 from reconstruct.metrics import confidence_errors
 from reconstruct.plane_sweep import plane_sweep
 from reconstruct.predict import load_network
@@ -31,13 +33,24 @@ from reconstruct.settle import (
     settle_midway,
     stay,
 )
-from reconstruct.settle_train import SettleRecipe, learn_to_choose, read_closing, refined_stack, train_settling
+from reconstruct.settle_train import (
+    FEW_EDGES,
+    Ending,
+    SettleRecipe,
+    _batch,
+    edge_shares,
+    learn_to_choose,
+    read_closing,
+    refined_stack,
+    train_settling,
+)
 from tests.reconstruct.test_refine import Stack
 
 MIDWAY_RECIPE = Path(__file__).parents[2] / "configs" / "train" / "refinement_midway.yaml"
 TINY = SettleRecipe(
     scenes=3,
     from_sweep=1,
+    crowded=1,
     held_out=1,
     scene_px=96,
     stack_px=64,
@@ -189,18 +202,40 @@ def test_a_stack_is_refined_once(pool):
     assert path.stat().st_mtime_ns == before
 
 
-def test_some_stacks_are_refined_from_the_plane_sweep(pool, monkeypatch):
-    begun = []
+def test_some_stacks_are_refined_from_the_plane_sweep_and_some_are_crowded(pool, monkeypatch):
+    begun, crowds = [], []
 
     def told(frames, focus, kappa, start, **_):
         begun.append(torch.equal(start.inverse_depth_dpt, plane_sweep(frames, focus, kappa).inverse_depth_dpt))
         raise InterruptedError
 
+    def drawn(seed, size, *, crowded):
+        crowds.append(crowded)
+        return render_scene(seed, size, crowded=crowded)
+
     monkeypatch.setattr(settle_train, "refine", told)
-    for index in (0, TINY.scenes):
+    monkeypatch.setattr(settle_train, "render_scene", drawn)
+    for index in (0, TINY.scenes, TINY.scenes + TINY.from_sweep):
         with pytest.raises(InterruptedError):
             refined_stack(TINY, pool / "none yet", index)
-    assert begun == [False, True]
+    assert begun == [False, True, False]
+    assert crowds == [False, False, True]
+
+
+def test_stacks_with_more_depth_edges_are_learned_from_more_often():
+    """But plain ones, too."""
+    flat = torch.full((10, 10), 2.0)
+    stepped = flat.clone()
+    stepped[:, 5:] += 1.0  # 10 of the 180 steps from pixel to pixel
+    recipe = TINY.model_copy(update={"stack_px": 10, "crop_px": 8, "batch": 4000})
+    maps = torch.zeros(1, 10, 10), torch.zeros(1, 10, 10), torch.zeros(2, 10, 10)
+    endings = [Ending(*maps, true_px) for true_px in (flat, stepped)]
+    shares = edge_shares(endings)
+    assert shares.sum() == pytest.approx(1)
+    assert shares[1] / shares[0] == pytest.approx((10 / 180 + FEW_EDGES) / FEW_EDGES)
+    for often, expected in ((shares, shares[1]), (None, 0.5)):
+        crops, _ = _batch(endings, np.random.default_rng(3), recipe, often)
+        assert float((crops.true_px.amax((1, 2)) > 2).float().mean()) == pytest.approx(expected, abs=0.03)
 
 
 def test_other_weights_are_refused():
@@ -247,7 +282,7 @@ def test_an_interrupted_run_goes_on_with_the_next_part(tmp_path, pool, monkeypat
 
 def test_the_network_on_the_way_is_made_by_refinements_without_it(tmp_path, pool):
     """It starts afresh; the other goes on from it."""
-    first = TINY.model_copy(update={"midway": False, "members": 1, "from_sweep": 0, "scenes": 2})
+    first = TINY.model_copy(update={"midway": False, "members": 1, "from_sweep": 0, "crowded": 0, "scenes": 2})
     train(tmp_path / "run", tmp_path / "pool", first)
     (made,) = (path.parent.name for path in (tmp_path / "pool").rglob("*000000.safetensors"))
     (made_after,) = (path.parent.name for path in pool.rglob("*000000.safetensors"))
@@ -263,7 +298,7 @@ def test_the_network_on_the_way_is_made_by_refinements_without_it(tmp_path, pool
 
 def test_the_plan_is_told(tmp_path):
     result = CliRunner().invoke(app, ["train", "--recipe", "refinement", "-o", str(tmp_path / "run"), "--dry-run"])
-    assert "400 simulated stacks" in result.stdout
+    assert "520 simulated stacks" in result.stdout
     assert not (tmp_path / "run").exists()
 
 
