@@ -33,7 +33,7 @@ from reconstruct.losses import laplace_surprise
 from reconstruct.metrics import confidence_errors
 from reconstruct.plane_sweep import plane_sweep
 from reconstruct.predict import load_network, predict
-from reconstruct.refine import RefineConfig, refine
+from reconstruct.refine import EDGE_PX, RefineConfig, refine
 from reconstruct.settle import MIDWAY_WEIGHTS, Closing, Settled, SettlingNet, load_settling, settle_midway, stay
 from reconstruct.train import Average, display
 
@@ -43,7 +43,6 @@ LEAST_ERROR_PX = 0.05  # a stack's errors count relative to its start's, and to 
 LEAST_DOUBT_PX = 0.01  # added to every error that the std is learned from
 UNTOLD_SHARE = 0.1  # of the crops: the start does not say how sure it is
 PART = "part of settle"  # preset of what an unfinished run keeps
-EDGE_PX = 0.3  # change of true blur from pixel to pixel that makes an edge, as in refinement
 FEW_EDGES = 0.01  # share of a stack's pixels: of stacks with far fewer, edges do not decide how often they are seen
 UNSEEN_SHARE = 0.1  # of the signs, for a member in training: it shall not rely on single ones
 
@@ -283,10 +282,14 @@ def edge_shares(endings: Sequence[Ending]) -> NDArray[np.float64]:
 
     Seen in proportion to their edges alone, plain stacks got worse: by a third of their error and more.
     """
-    steps = [[ending.true_px.diff(dim=axis).abs() for axis in (0, 1)] for ending in endings]
-    edges = np.array([np.mean([float((step > EDGE_PX).float().mean()) for step in both]) for both in steps])
-    shares: NDArray[np.float64] = (edges + FEW_EDGES) / np.sum(edges + FEW_EDGES)
+    often = np.array([FEW_EDGES + _edges(ending.true_px) for ending in endings])
+    shares: NDArray[np.float64] = often / often.sum()
     return shares
+
+
+def _edges(depth_px: Tensor) -> float:
+    """Share of the steps from pixel to pixel, along rows and columns alike, at which a surface ends."""
+    return float(np.mean([float((depth_px.diff(dim=axis).abs() > EDGE_PX).float().mean()) for axis in (0, 1)]))
 
 
 def _batch(
