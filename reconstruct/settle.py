@@ -1,7 +1,7 @@
 """How a refinement ends: a small network chooses, pixel by pixel, among the depths that were offered last.
 
-Another has done so once on the way, so that what follows starts from its choice: it was trained on what refinements
-come to without it, and the one that ends them on what they come to with it.
+Another has done so once on the way, so that what follows starts from its choice. Each was trained on what refinements
+have come to where it chooses; the one that ends them, with the other's help.
 
 Beside edges the misfit alone is a poor judge of a move. It is pooled over a window that both sides of the edge share,
 and what a near object hides is guessed. How the misfits of several offers, the image and the depth's own shape go

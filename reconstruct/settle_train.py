@@ -2,9 +2,10 @@
 
 `daif train --recipe refinement` makes the shipped weights of the one that chooses in the end; with `midway: false` and
 the rest of `configs/train/refinement_midway.yaml`, those of the one on the way, which comes first, as the stacks of the
-other are refined with its help. They take some ten seconds each, crowded ones twenty, are kept in the pool and are not
-made again; learning from them takes less than an hour. What each part of a network learned is kept in the run, so an
-interrupted run goes on with the next part.
+other are refined with its help. Those take some ten seconds each, crowded ones twenty; of the one on the way they are
+refined to where it chooses, in a third of the time. They are kept in the pool and are not made again; learning from
+them takes less than an hour. What each part of a network learned is kept in the run, so an interrupted run goes on with
+the next part.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import cv2
 import numpy as np
@@ -34,7 +35,7 @@ from reconstruct.metrics import confidence_errors
 from reconstruct.plane_sweep import plane_sweep
 from reconstruct.predict import load_network, predict
 from reconstruct.refine import EDGE_PX, RefineConfig, refine
-from reconstruct.settle import MIDWAY_WEIGHTS, Closing, Settled, SettlingNet, load_settling, settle_midway, stay
+from reconstruct.settle import MIDWAY_WEIGHTS, Closing, SettlingNet, load_settling, settle_midway, stay
 from reconstruct.train import Average, display
 
 FRAMES, FRAMES_SHARE = (3, 4, 5, 6, 7), (0.14, 0.2, 0.42, 0.14, 0.1)
@@ -60,7 +61,7 @@ class SettleRecipe(BaseModel):
     scene_px: int = Field(208, ge=32)
     stack_px: int = Field(144, ge=32, description="side of the refined stacks")
     crop_px: int = Field(112, ge=32)
-    refine_steps: int = Field(25, ge=1)
+    refine_steps: int = Field(25, ge=2)
     midway: bool = Field(True, description="the shipped network chooses once on the way; false makes that network")
     steps: int = Field(1200, ge=1)
     batch: int = Field(4, ge=1)
@@ -98,16 +99,27 @@ class Ending(NamedTuple):
     true_px: Tensor
 
 
+class _Kept(Exception):
+    """Raised to end a refinement where its choice would be made."""
+
+    def __init__(self, closing: Closing) -> None:
+        self.closing = closing
+
+
+def _keep(closing: Closing) -> NoReturn:
+    raise _Kept(closing)
+
+
 def refined_stack(recipe: SettleRecipe, pool: Path, index: int) -> Path:
-    """Simulate stack `index` and refine it; the end of that is kept in `pool`, named after what it began from."""
+    """Simulate stack `index` and refine it to where the network will choose, which is kept in `pool`."""
     crowded = index >= recipe.scenes + recipe.from_sweep
     swept = index >= recipe.scenes and not crowded
     network = None if swept else load_network("default", torch.device("cpu"))
     begun = "sweep" if network is None else network.identity.replace(" ", "-")
     name = f"{'crowded-' if crowded else ''}{begun}-{index:06d}.safetensors"
-    after = f"-after-{_midway_identity()}" if recipe.midway else ""
+    where = f"after-{_midway_identity()}" if recipe.midway else "midway"
     layers = f"layers{RefineConfig().layer_step_px:g}px"
-    path = pool / f"seed{recipe.seed}-{recipe.stack_px}px-{recipe.refine_steps}-{layers}{after}" / name
+    path = pool / f"seed{recipe.seed}-{recipe.stack_px}px-{recipe.refine_steps}-{layers}-{where}" / name
     if path.with_suffix(".json").exists():
         return path
     rng = np.random.default_rng([recipe.seed, index, 5])
@@ -116,15 +128,11 @@ def refined_stack(recipe: SettleRecipe, pool: Path, index: int) -> Path:
     stack = training_stack(scene, rng, count, recipe.stack_px)
     frames, focus, kappa, true, _ = (torch.from_numpy(x) for x in stack)
     start = plane_sweep(frames, focus, kappa) if network is None else predict(network, frames, focus, kappa)
-    ends: list[Closing] = []
-
-    def keep(closing: Closing) -> Settled:
-        ends.append(closing)
-        return stay(closing)
-
-    choices = (settle_midway, keep) if recipe.midway else (keep,)
-    refine(frames, focus, kappa, start, steps=recipe.refine_steps, choices=choices)
-    maps = ends[0]._asdict() | {"true_px": true[0] * kappa.abs().mean() / 4}
+    choices = (settle_midway, _keep) if recipe.midway else (_keep, stay)
+    try:
+        refine(frames, focus, kappa, start, steps=recipe.refine_steps, choices=choices)
+    except _Kept as kept:
+        maps = kept.closing._asdict() | {"true_px": true[0] * kappa.abs().mean() / 4}
     save_weights(path, {name: x.contiguous() for name, x in maps.items()}, {"preset": "closing"})
     return path
 

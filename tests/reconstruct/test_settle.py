@@ -280,20 +280,49 @@ def test_an_interrupted_run_goes_on_with_the_next_part(tmp_path, pool, monkeypat
     assert len(chosen) == 2 * TINY.members
 
 
-def test_the_network_on_the_way_is_made_by_refinements_without_it(tmp_path, pool):
+def test_the_network_on_the_way_is_made_by_refinements_that_end_there(tmp_path, pool):
     """It starts afresh; the other goes on from it."""
     first = TINY.model_copy(update={"midway": False, "members": 1, "from_sweep": 0, "crowded": 0, "scenes": 2})
     train(tmp_path / "run", tmp_path / "pool", first)
     (made,) = (path.parent.name for path in (tmp_path / "pool").rglob("*000000.safetensors"))
     (made_after,) = (path.parent.name for path in pool.rglob("*000000.safetensors"))
     identity = load_weights(MIDWAY_WEIGHTS)[1]["sha256"][:12]
-    assert made_after == f"{made}-after-{identity}"
+    assert made_after == f"{made.removesuffix('midway')}after-{identity}"
     afresh, alone = load_weights(tmp_path / "run" / "settle.safetensors")
     going_on, after = load_weights(pool.parent / "run" / "settle.safetensors")
     assert (alone["midway"], after["midway"]) == (None, identity)
     known = load_weights(MIDWAY_WEIGHTS)[0]
     name = "members.0.first.weight"
     assert torch.dist(going_on[name], known[name]) < 0.1 * torch.dist(afresh[name], known[name])
+
+
+@pytest.mark.parametrize("midway", [False, True])
+def test_a_network_learns_from_what_refinement_shows_it_where_it_chooses(tmp_path, monkeypatch, midway):
+    asked = []
+
+    def noted(*args, **options):
+        asked.append((args, options))
+        return refine(*args, **options)
+
+    with monkeypatch.context() as noting:
+        noting.setattr(settle_train, "refine", noted)
+        recipe = TINY.model_copy(update={"midway": midway, "refine_steps": 4})
+        kept, _ = read_closing(refined_stack(recipe, tmp_path, 0))
+    ((args, options),) = asked
+    shown = []
+
+    def watched(choice):
+        def watching(closing):
+            shown.append(closing)
+            return choice(closing)
+
+        return watching
+
+    refine(*args, **options | {"choices": [watched(choice) for choice in LEARNED]})
+    on_the_way, in_the_end = shown
+    mine, other = (in_the_end, on_the_way) if midway else (on_the_way, in_the_end)
+    assert torch.equal(kept.signs(), mine.signs())
+    assert not torch.equal(kept.depth_px, other.depth_px)
 
 
 def test_the_plan_is_told(tmp_path):
