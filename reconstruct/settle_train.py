@@ -3,7 +3,7 @@
 `daif train --recipe refinement` makes the shipped weights of the one that chooses in the end; with `midway: false` and
 the rest of `configs/train/refinement_midway.yaml`, those of the one on the way, which comes first, as the stacks of the
 other are refined with its help. Those take some ten seconds each, crowded ones twenty; of the one on the way they are
-refined to where it chooses, in a third of the time. They are kept in the pool and are not made again; learning from
+refined to where it chooses, in half the time. They are kept in the pool and are not made again; learning from
 them takes less than an hour. What each part of a network learned is kept in the run, so an interrupted run goes on with
 the next part.
 """
