@@ -97,7 +97,7 @@ class RefineConfig:
     reach_px: float = 3.0
     hold: float = HOLD
     layer_step_px: float = LAYER_STEP_PX / 2
-    focus_std_px: float = 0.05
+    focus_std_px: float = 0.2
     gain_std: float = 0.01
 
 
@@ -329,7 +329,7 @@ class _Refinement:
         """What is made of the state with the lowest loss since the last moves."""
         self._keep_if_best(float(self.loss().detach()))
         depth_px, std_px = self._kept_back(conclude(self._closing(self.kept_px, offering=conclude is not stay)))
-        confidence = 1 / (1 + 4 * std_px)  # per px of CoC, as in prediction
+        confidence = torch.nan_to_num(1 / (1 + 4 * std_px))  # per px of CoC, as in prediction
         inverse_depth, std = depth_px * self.dpt_per_px, std_px * self.dpt_per_px
         return self.start._replace(inverse_depth_dpt=inverse_depth, std_dpt=std, confidence=confidence)
 
@@ -337,7 +337,8 @@ class _Refinement:
         """`found`, or the start where few frames hold data, as at borders: what explains few may be anything."""
         enough = ((self.misfit.usable.float().mean(0) - FEW) / (ENOUGH - FEW)).clamp(0, 1)
         depth_px = torch.lerp(self.start_px, found.depth_px, enough)
-        return Settled(depth_px, torch.where(enough < 1, torch.maximum(self.std_px, found.std_px), found.std_px))
+        unsure_px = torch.where(self.std_px.isinf(), torch.nan, torch.maximum(self.std_px, found.std_px))
+        return Settled(depth_px, torch.where(enough < 1, unsure_px, found.std_px))
 
     def _closing(self, depth: Tensor, *, offering: bool = True) -> Closing:
         """What is known of a depth; of what moves would make of it only when `offering`, for that takes long."""

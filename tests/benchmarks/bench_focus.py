@@ -26,7 +26,6 @@ from reconstruct.estimate import Estimate
 from reconstruct.lens_fit import fitted_focus
 from reconstruct.predict import load_network, predict
 from tests.benchmarks.bench_foundation import tensors
-from tests.benchmarks.bench_refine import middle
 from tests.benchmarks.foundation_stacks import ROOT, FoundationStack, foundation_stack, half_size_scene, scene_names
 
 CONDITIONS = ("disc", "noisy")
@@ -79,7 +78,7 @@ def main(argv: list[str]) -> None:
             print(f"{'scene':18s} off px reported  fitted   depth error px reported  fitted    true   CPU s")
             rows = []
             for i, name in enumerate(options.scenes or scene_names()):
-                stack = middle(foundation_stack(half_size_scene(name), "dslr", condition), *WINDOW)
+                stack = foundation_stack(half_size_scene(name), "dslr", condition).middle(*WINDOW)
                 frames, true, kappa = tensors(stack)
                 per_px = 4 / float(kappa.mean())
                 said = torch.tensor(reported(kind, stack.focus_dpt, np.random.default_rng(i)), dtype=torch.float32)

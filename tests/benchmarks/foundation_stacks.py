@@ -61,6 +61,10 @@ class FoundationStack:
         scene = Scene(self.scene.aif[rows, cols], self.scene.depth_m[rows, cols], self.scene.name)
         return replace(self, frames=self.frames[:, rows, cols], valid=self.valid[:, rows, cols], scene=scene)
 
+    def middle(self, height: int, width: int) -> FoundationStack:
+        """The window of this size in the middle of every frame."""
+        return self.window((self.scene.height - height) // 2, (self.scene.width - width) // 2, height, width)
+
 
 def scene_names() -> list[str]:
     return sorted(folder.name for folder in RGBD.iterdir() if (folder / "depth.png").is_file())

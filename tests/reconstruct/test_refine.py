@@ -228,6 +228,17 @@ def test_where_few_frames_hold_data_the_start_stays(stack):
     assert (refined.std_dpt[:, 16:] < stack.start.std_dpt[:, 16:]).any()
 
 
+def test_where_few_frames_hold_data_a_start_without_spread_stays_without(stack):
+    valid = torch.ones(4, 72, 96, dtype=torch.bool)
+    valid[:2, :, :8] = False
+    start = stack.start._replace(std_dpt=torch.full_like(stack.start.std_dpt, torch.nan))
+    refined = refine(stack.frames, stack.focus, stack.kappa, start, steps=2, valid=valid, config=RefineConfig(rounds=1))
+    assert refined.std_dpt[:, :8].isnan().all()
+    assert (refined.confidence[:, :8] == 0).all()
+    assert refined.std_dpt[:, 8:].isfinite().all()
+    assert (refined.confidence[:, 8:] > 0).all()
+
+
 def test_hidden_background_speaks_for_the_truth(stack):
     """Light from behind near edges has a place then, so the truth fits better; a wrong depth gains less from it."""
     misfit = Misfit(stack.frames, stack.focus, stack.kappa)
