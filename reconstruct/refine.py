@@ -58,6 +58,7 @@ LEAST_CURVATURE = 1e-4  # of the misfit per px of blur squared: where nothing te
 MOVES_AT = 0.3  # share of the steps before moves: the image fits by then, and enough are left to settle
 STEADY_SHARE = 0.5  # of the steps at full length; then they shrink to 0
 NOISE_PX = 0.05  # changes of blur that noise alone brings about in a pixel
+MEAN_DECAY, SQUARE_DECAY = 0.9, 0.999  # of Adam
 FEW, ENOUGH = 0.5, 0.75  # shares of the frames that hold data: with so few the start stays, with so many it does not
 
 
@@ -167,6 +168,23 @@ def refine(
     return found._replace(aif=aif)
 
 
+class Adam:
+    """Steps of one tensor (Kingma and Ba 2015); PyTorch's own first takes a second to import its compiler."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values, self.steps = values, 0
+        self.mean, self.square = torch.zeros_like(values), torch.zeros_like(values)
+
+    @torch.no_grad()
+    def step(self, gradient: Tensor, length: float) -> None:
+        """Go down `gradient`, where it keeps its sign by `length`."""
+        self.steps += 1
+        self.mean.lerp_(gradient, 1 - MEAN_DECAY)
+        self.square.lerp_(gradient.square(), 1 - SQUARE_DECAY)
+        size = (self.square / (1 - SQUARE_DECAY**self.steps)).sqrt() + 1e-8
+        self.values.sub_(length / (1 - MEAN_DECAY**self.steps) * self.mean / size)
+
+
 class _Refinement:
     """The variables of one refinement and their descent."""
 
@@ -189,7 +207,7 @@ class _Refinement:
         self._restart()
 
     def _restart(self) -> None:
-        self.adam = torch.optim.Adam([self.depth_px])
+        self.adam = Adam(self.depth_px)
         self.image = ImageDescent(self.root, self.misfit)
         self.lowest, self.kept_px = float("inf"), self.depth_px.detach().clone()
 
@@ -198,9 +216,7 @@ class _Refinement:
         loss = self.loss()
         self._keep_if_best(float(loss.detach()))
         by_depth, by_root = torch.autograd.grad(loss, (self.depth_px, self.root))
-        self.depth_px.grad = by_depth
-        self.adam.param_groups[0]["lr"] = self.config.depth_step_px * length
-        self.adam.step()
+        self.adam.step(by_depth, self.config.depth_step_px * length)
         self.image.step(by_root, float(loss.detach()))
         return float(loss.detach())
 

@@ -17,7 +17,7 @@ from reconstruct.losses import charbonnier
 from reconstruct.misfit import Misfit
 from reconstruct.plane_sweep import plane_sweep
 from reconstruct.predict import load_network, predict
-from reconstruct.refine import RefineConfig, _Refinement, refine
+from reconstruct.refine import Adam, RefineConfig, _Refinement, refine
 from reconstruct.render import LAYER_STEP_PX, render_stack
 
 STILL = RefineConfig(moves_px=(), recede_px=())  # saves time where moves do not matter
@@ -42,6 +42,19 @@ class Stack:
 @pytest.fixture(scope="module")
 def stack():
     return Stack()
+
+
+def test_adam_steps_as_pytorchs():
+    torch.manual_seed(0)
+    ours, theirs = torch.zeros(5, 7), torch.zeros(5, 7, requires_grad=True)
+    adam, other = Adam(ours), torch.optim.Adam([theirs])
+    for step in range(20):
+        gradient, length = torch.randn(5, 7) * 10.0 ** torch.randint(-6, 2, (7,)), 0.09 / (1 + step)
+        adam.step(gradient, length)
+        theirs.grad, other.param_groups[0]["lr"] = gradient, length
+        other.step()
+    torch.testing.assert_close(ours, theirs.detach(), atol=1e-6, rtol=1e-4)
+    assert ours.abs().min() > 0
 
 
 def best_loss(stack, depth, model, steps=15):
