@@ -58,9 +58,10 @@ def _reduced(stack: FocalStack, i: int, factor: int, size: tuple[int, int]) -> N
 def _estimate(frames: torch.Tensor, focus: torch.Tensor, kappa: torch.Tensor, model: Any, metric: bool) -> Estimate:
     if model is None:
         return plane_sweep(frames, focus, kappa)
+    from reconstruct.even import evened
     from reconstruct.predict import predict
 
-    return predict(model, frames, focus, kappa, metric=metric)
+    return evened(predict(model, frames, focus, kappa, metric=metric), kappa)
 
 
 def _look(estimate: Estimate, metric: bool, n_frames: int, seconds: float, cpu_seconds: float) -> Look:

@@ -442,6 +442,8 @@ def _estimate_tiled(
 
             stack = frames, method.focus_dpt, method.kappa
             estimate = refine(*stack, estimate, steps=refine_steps, valid=seen, context=method.context)
+        else:
+            estimate = method.finished(estimate)
         fields.put(tile, _less_sure(estimate, seen.all(0)))
     return fields
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from reconstruct.estimate import Estimate
+from reconstruct.even import evened
 from reconstruct.network import DefaultNet
 from reconstruct.plane_sweep import Evidence, Photometry, SweepConfig, plane_sweep, quietened, smoothed, sweep_cost
 from reconstruct.predict import load_network, predict
@@ -52,6 +53,10 @@ class PlaneSweep:
         more = {"config": self.config, "context": self.context, "evidence": evidence}
         return plane_sweep(frames, self.focus_dpt, self.kappa, valid=valid, **more)  # type: ignore[arg-type]
 
+    def finished(self, estimate: Estimate) -> Estimate:
+        """What is shown of an estimate that nothing refines."""
+        return estimate
+
 
 class Network(PlaneSweep):
     """`reconstruct/predict.py`, with weights loaded once; it is told what the plane sweep knows."""
@@ -68,6 +73,9 @@ class Network(PlaneSweep):
     def estimate(self, frames: Tensor, valid: Tensor, evidence: Evidence | None) -> Estimate:
         more = {"context": self.context, "evidence": evidence}
         return predict(self.model, frames, self.focus_dpt, self.kappa, valid, **more)  # type: ignore[arg-type]
+
+    def finished(self, estimate: Estimate) -> Estimate:
+        return evened(estimate, self.kappa)
 
 
 METHODS: dict[str, type[PlaneSweep]] = {"plane-sweep": PlaneSweep, "network": Network}

@@ -41,6 +41,7 @@ from capture.scenes import Scene, load_scene, motorcycle, srgb_to_linear
 from reconstruct import metrics
 from reconstruct.dataset import CapturedStack
 from reconstruct.estimate import Estimate
+from reconstruct.even import evened
 from reconstruct.finetune import (
     FROM_NOTHING,
     PAPER,
@@ -127,10 +128,10 @@ def scored(stack: FoundationStack, estimate: Estimate, seconds: float) -> Scores
 
 
 def by_network(network: TrainedNetwork, stack: FoundationStack) -> tuple[Estimate, float]:
-    """Its answer and the CPU seconds it took."""
+    """Its answer as it is shown, and the CPU seconds it took."""
     start = time.process_time()
     estimate = predict(network, *tensors(stack), torch.tensor(stack.valid))
-    return estimate, time.process_time() - start
+    return evened(estimate, torch.tensor(stack.kappa)), time.process_time() - start
 
 
 def zero_shot(stack: FoundationStack, answer: tuple[Estimate, float]) -> dict[str, Scores]:
@@ -161,7 +162,7 @@ def captured(stack: FoundationStack) -> CapturedStack:
 
 def refined(network: TrainedNetwork, stack: FoundationStack) -> dict[str, Scores]:
     """Figures of the network's answer after refinement."""
-    first, _ = by_network(network, stack)
+    first = predict(network, *tensors(stack), torch.tensor(stack.valid))
     start = time.process_time()
     answer = refine(*tensors(stack), first, steps=REFINE_STEPS, valid=torch.tensor(stack.valid))
     return {"refined": scored(stack, answer, time.process_time() - start)}
