@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from reconstruct.even import evened
 from reconstruct.metrics import confidence_errors
 from reconstruct.predict import TrainedNetwork, load_network, predict
 from tests.benchmarks.bench_foundation import tensors
@@ -30,7 +31,7 @@ GOAL = 0.6
 
 def cuts(network: TrainedNetwork, stack: FoundationStack) -> dict[str, float]:
     """Share of the mean error that the surest 70 % are spared, by what ranks them."""
-    answer = predict(network, *tensors(stack), torch.tensor(stack.valid))
+    answer = evened(predict(network, *tensors(stack), torch.tensor(stack.valid)), torch.tensor(stack.kappa))
     found, truth_m = answer.inverse_depth_dpt.numpy(), stack.scene.depth_m
     known = np.isfinite(truth_m) & (truth_m > 0)
     error = np.where(known, np.abs(found - 1 / np.where(known, truth_m, 1)), 0)
