@@ -146,6 +146,20 @@ def test_the_sweep_beside_the_network_shares_its_evidence(stack_file, monkeypatc
     assert np.array_equal(both.baseline.inverse_depth_dpt, alone.inverse_depth_dpt)
 
 
+def test_the_networks_depth_is_evened_unless_refined(stack_file, monkeypatch):
+    finished = []
+    monkeypatch.setattr("reconstruct.methods.evened", lambda estimate, kappa: finished.append(kappa) or estimate)
+    with FocalStack.open(stack_file) as stack:
+        plain = reconstruct(stack, Settings(device="cpu"))
+        reconstruct(stack, Settings(device="cpu", refine_steps=2))
+        reconstruct(stack, CPU)
+        monkeypatch.undo()
+        shown = reconstruct(stack, Settings(device="cpu"))
+    assert len(finished) == 1
+    np.testing.assert_allclose(finished[0], plain.kappa_px_per_dpt, rtol=1e-6)
+    assert not np.array_equal(plain.inverse_depth_dpt, shown.inverse_depth_dpt)
+
+
 def test_wide_blur_is_worked_on_at_a_smaller_scale(stack_file):
     with FocalStack.open(stack_file) as stack:
         answer = reconstruct(stack, Settings(device="cpu", max_coc_px=6.0))
