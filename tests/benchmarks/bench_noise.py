@@ -2,9 +2,9 @@
 
     python -m tests.benchmarks noise        (two minutes of one core)
 
-The last compares each frame with the true all-in-focus image, blurred to what it would be at every depth: from the noisy
-frames it must tell nothing but that. It is smoothed as the plane sweep's comparison is, with the weight that makes its
-error least at each noise, which only the truth tells. Means over scenes; bench-results/noise.json.
+The last compares each frame with the true all-in-focus image, blurred to what it would be at every depth: of the noisy
+frames it asks nothing but that. It is smoothed as the plane sweep's comparison is, with the weight that makes its error
+least at each noise, which only the truth tells. Means over scenes; bench-results/noise.json.
 """
 
 from __future__ import annotations
