@@ -248,6 +248,7 @@ def from_nothing(stacks: dict[str, FoundationStack], steps: int, seeds: list[int
 
 DEAD_STARTS = 30
 TINY_PX, TINY_STEPS, TINY_SEEDS = 32, 300, 4  # as in the notes
+MOSTLY_DEAD = 0.5  # share of the depth map that is zero
 TINY_PHOTOGRAPHS = ("astronaut", "chelsea", "coffee")  # of scikit-image; the notes do not say which picture theirs was
 
 
@@ -345,9 +346,11 @@ def print_faithful(runs: dict[str, list[Scores]], starts: list[list[bool]]) -> l
     constant = min(float(np.mean(np.abs(c / depth_m - 1))) for c in np.linspace(0.1, 10, 500))
     print(f"here the best constant depth has {constant:.3f}, the near limit {np.mean(1 - 0.1 / depth_m):.3f}")
     every = [run for each in runs.values() for run in each]
-    living = [run["abs_rel"] for run in every if run["dead share at end"] < 1]
+    living = [run["abs_rel"] for run in every if run["dead share at end"] < MOSTLY_DEAD]
     of = f"{len(living)} living of {len(every)}"
+    median = float(np.median([run["abs_rel"] for run in every]))
     return [
+        Goal(f"paper on one tiny stack, AbsRel, median of all {len(every)}", median, (0.27 + 0.96) / 2),
         Goal(f"paper on one tiny stack, AbsRel, median of {of}", float(np.median(living)), 0.27),
         Goal(f"paper on one tiny stack, AbsRel, best of {of}", min(living), 0.24),
         Goal("paper on one tiny stack, share of runs dead at the end", 1 - len(living) / len(every), 0.5),
