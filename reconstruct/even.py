@@ -3,8 +3,8 @@
 Where nothing tells depth the network keeps what the plane sweep passes along rows and columns, and that shows as a
 hatch. Surfaces end where the image changes or where depth does by more than its doubt explains; along them depth is
 averaged, surer pixels counting for more, and the less sure a pixel was, the more it takes of the average. This is for
-the eye: it leaves the mean error of 15 scenes as it is (0.98 without noise, 1.00 with). Refinement does without: it came
-less far from evened depth.
+the eye: it leaves the mean error of 15 scenes as it is (0.98 without noise, 1.00 with). Refinement does without: from
+evened depth it came less far.
 """
 
 from __future__ import annotations
