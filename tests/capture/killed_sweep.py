@@ -15,6 +15,8 @@ import sys
 import time
 from pathlib import Path
 
+import cv2
+
 from capture import sweep as sweep_module
 from capture.cameras.simulated import Behaviour, SimulatedCamera
 from capture.lease import Lease
@@ -23,6 +25,7 @@ from capture.scenes import procedural_scene
 from capture.stack import FocalStack, partial_path
 from capture.sweep import StopRequest, SweepInterrupted, run_sweep
 
+cv2.setNumThreads(1)  # a fork copies no threads, but a lock that one of them holds
 sweep_module.STILL_POLL_S = 0.001
 N_FRAMES = 5
 SCENE = procedural_scene(3, 36, 48)
