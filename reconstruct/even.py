@@ -32,8 +32,8 @@ def evened(answer: Estimate, kappa: Tensor) -> Estimate:
     """
     px = kappa.abs().mean() / 4
     depth_px, std_px = answer.inverse_depth_dpt * px, (answer.std_dpt * px).clamp_min(LEAST_STD_PX)
-    variance = std_px.square()
-    down, right = (_links(depth_px, variance, root_of(answer.aif), axis) for axis in (0, 1))
+    variance, root = std_px.square(), root_of(answer.aif)
+    down, right = (_links(depth_px, variance, root, axis) for axis in (0, 1))
     weight = variance.mean() / variance
     weighted, weights = edge_aware_mean(torch.stack([weight * depth_px, weight]), down, right, REACH_PX**2)
     unsure = variance.square() / (variance.square() + UNSURE_PX**4)

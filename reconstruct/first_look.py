@@ -19,6 +19,7 @@ from capture.lens import LensProfile
 from capture.stack import FocalStack
 from reconstruct import export
 from reconstruct.estimate import Estimate
+from reconstruct.even import evened
 from reconstruct.optics import optics_of
 from reconstruct.plane_sweep import estimate_gain, plane_sweep
 from reconstruct.session_work import Look
@@ -58,7 +59,6 @@ def _reduced(stack: FocalStack, i: int, factor: int, size: tuple[int, int]) -> N
 def _estimate(frames: torch.Tensor, focus: torch.Tensor, kappa: torch.Tensor, model: Any, metric: bool) -> Estimate:
     if model is None:
         return plane_sweep(frames, focus, kappa)
-    from reconstruct.even import evened
     from reconstruct.predict import predict
 
     return evened(predict(model, frames, focus, kappa, metric=metric), kappa)

@@ -1,6 +1,6 @@
 """What three times the noise costs on the 15 RGB-D scenes: the plane sweep, the network, and who knows the sharp image.
 
-    python -m tests.benchmarks noise        (two minutes of one core)
+    python -m tests.benchmarks noise        (half a minute of one core)
 
 The last compares each frame with the true all-in-focus image, blurred to what it would be at every depth: of the noisy
 frames it asks nothing but that. It is smoothed as the plane sweep's comparison is, with the weight that makes its error
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from reconstruct.metrics import depth_errors
 from reconstruct.plane_sweep import GREY, SweepConfig, hypotheses, peak, smoothed
-from reconstruct.predict import load_network
+from reconstruct.predict import TrainedNetwork, load_network
 from tests.benchmarks.bench_foundation import tensors
 from tests.benchmarks.bench_network import CPU, by_network, by_sweep
 from tests.benchmarks.foundation_stacks import ROOT, FoundationStack, foundation_stack, half_size_scene, scene_names
@@ -50,9 +50,8 @@ def abs_rel(stack: FoundationStack, inverse_depth_dpt: Tensor) -> float:
     return depth_errors(inverse_depth_dpt.numpy(), stack.scene.depth_m, float(stack.kappa.mean()))["abs_rel"]
 
 
-def scene_errors(stack: FoundationStack) -> list[float]:
+def scene_errors(network: TrainedNetwork, stack: FoundationStack) -> list[float]:
     """AbsRel of the plane sweep, of the network, and with the sharp image known, by WEIGHTS."""
-    network = load_network("default", CPU)
     cost, tested, guide = knowing(stack)
     known = [peak(smoothed((weight * cost).clamp_max(MOST_COST), guide, CONFIG), tested) for weight in WEIGHTS]
     first = by_sweep(stack)["sweep"]["abs_rel"], abs_rel(stack, by_network(network, stack)[0].inverse_depth_dpt)
@@ -63,11 +62,11 @@ def main(argv: list[str]) -> None:
     """Prints and stores the table; see the module's docstring."""
     argparse.ArgumentParser(prog="noise", description=__doc__).parse_args(argv)
     torch.set_num_threads(1)
-    rows = {}
+    network, rows = load_network("default", CPU), {}
     for noise, condition in NOISES.items():
-        each = [scene_errors(foundation_stack(half_size_scene(name), "dslr", condition)) for name in scene_names()]
-        sweep, network, *known = np.mean(each, axis=0).tolist()
-        rows[noise] = {"plane sweep": sweep, "network": network, "sharp image known": min(known)}
+        stacks = (foundation_stack(half_size_scene(name), "dslr", condition) for name in scene_names())
+        sweep, net, *known = np.mean([scene_errors(network, stack) for stack in stacks], axis=0).tolist()
+        rows[noise] = {"plane sweep": sweep, "network": net, "sharp image known": min(known)}
     print(f"AbsRel, means of {len(scene_names())} scenes\n{'':18}" + "".join(f"{noise:>8}" for noise in NOISES))
     for method in rows["1 %"]:
         low, high = (rows[noise][method] for noise in NOISES)
