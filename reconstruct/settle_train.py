@@ -10,13 +10,14 @@ the next part.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -117,9 +118,7 @@ def refined_stack(recipe: SettleRecipe, pool: Path, index: int) -> Path:
     network = None if swept else load_network("default", torch.device("cpu"))
     begun = "sweep" if network is None else network.identity.replace(" ", "-")
     name = f"{'crowded-' if crowded else ''}{begun}-{index:06d}.safetensors"
-    where = f"after-{_midway_identity()}" if recipe.midway else "midway"
-    layers = f"layers{RefineConfig().layer_step_px:g}px"
-    path = pool / f"seed{recipe.seed}-{recipe.stack_px}px-{recipe.refine_steps}-{layers}-{where}" / name
+    path = pool / _pool_name(recipe) / name
     if path.with_suffix(".json").exists():
         return path
     rng = np.random.default_rng([recipe.seed, index, 5])
@@ -135,6 +134,13 @@ def refined_stack(recipe: SettleRecipe, pool: Path, index: int) -> Path:
         maps = kept.closing._asdict() | {"true_px": true[0] * kappa.abs().mean() / 4}
     save_weights(path, {name: x.contiguous() for name, x in maps.items()}, {"preset": "closing"})
     return path
+
+
+def _pool_name(recipe: SettleRecipe) -> str:
+    """Of the folder that holds the stacks of this recipe; it tells apart all settings of refinement."""
+    settings = hashlib.sha256(repr(RefineConfig()).encode()).hexdigest()[:12]
+    where = f"after-{_midway_identity()}" if recipe.midway else "midway"
+    return f"seed{recipe.seed}-{recipe.stack_px}px-{recipe.refine_steps}-settings-{settings}-{where}"
 
 
 def read_closing(path: Path) -> tuple[Closing, Tensor]:
@@ -216,6 +222,7 @@ def _go_on_from_midway(net: SettlingNet, recipe: SettleRecipe) -> None:
     net.load_state_dict({name: state[name] for name in net.state_dict()})
 
 
+@cache
 def _midway_identity() -> str:
     return str(load_weights(MIDWAY_WEIGHTS, "settle")[1]["sha256"])[:12]
 
