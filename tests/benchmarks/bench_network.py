@@ -530,12 +530,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--nothing-steps", type=int, default=FROM_NOTHING.steps)
     parser.add_argument("--paper-steps", type=int, default=100)
     parser.add_argument("--places", nargs="+", default=scene_names(), help="of the part `place`")
+    parser.add_argument("--weights", default="default", help="a weights file, such as a training run's")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--output", type=Path, default=RESULT)
     chosen = parser.parse_args(argv)
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "Mean of empty slice|All-NaN slice")  # a scene may have no depth edge
-    network = load_network("default", CPU)
+    network = load_network(chosen.weights, CPU)
     print(f"weights {network.identity}, {network.about.get('validation')}, {network.about.get('calibration')}")
     goals: list[Goal] = []
     parts, seeds = set(chosen.parts), chosen.seeds

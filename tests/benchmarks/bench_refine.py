@@ -43,12 +43,12 @@ TUNED_ON = (
 )
 
 
-def started(start: str, stack: FoundationStack) -> Estimate:
-    """The answer that refinement begins with."""
+def started(start: str, stack: FoundationStack, weights: str = "default") -> Estimate:
+    """The answer that refinement begins with, the network's with these `weights`."""
     valid = torch.tensor(stack.valid)
     if start == "sweep":
         return plane_sweep(*tensors(stack), valid=valid)
-    return predict(load_network("default", torch.device("cpu")), *tensors(stack), valid)
+    return predict(load_network(weights, torch.device("cpu")), *tensors(stack), valid)
 
 
 def errors(estimate: Estimate, stack: FoundationStack) -> NDArray[np.float64]:
@@ -70,6 +70,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--starts", nargs="+", default=STARTS, choices=STARTS)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--window", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="only the middle of a scene")
+    parser.add_argument("--weights", default="default", help="of the network: a file, such as a training run's")
     parser.add_argument("--output", type=Path, default=ROOT / "bench-results" / "refine.json")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -85,7 +86,7 @@ def main(argv: list[str]) -> None:
                 stack = foundation_stack(half_size_scene(name), "dslr", condition)
                 if options.window:
                     stack = stack.middle(*options.window)
-                first = started(start, stack)
+                first = started(start, stack, options.weights)
                 begun = time.process_time()
                 refined = refine(*tensors(stack), first, steps=options.steps, valid=torch.tensor(stack.valid))
                 seconds = time.process_time() - begun
