@@ -22,7 +22,7 @@ from capture.errors import DataError, UsageError
 from capture.lens import Lens
 from capture.stack import write_stack
 from reconstruct import finetune, train
-from reconstruct.checkpoint import latest_state, load_state, load_weights, save_weights
+from reconstruct.checkpoint import DEFAULT_WEIGHTS, latest_state, load_state, load_weights, save_weights
 from reconstruct.cli import app
 from reconstruct.dataset import ScenePool, StackBatch, load_captured
 from reconstruct.finetune import (
@@ -233,8 +233,10 @@ def test_learning_rate_warms_up_and_falls():
     assert max(rates[40:70]) == max(rates[70:]) == pytest.approx(0.5)
 
 
-def test_the_recipe_is_spelt_out():
+def test_the_recipe_is_spelt_out_and_is_that_of_the_shipped_weights():
     assert load_yaml(Path(__file__).parents[2] / "configs" / "train" / "default.yaml", TrainConfig) == RECIPE
+    _, about = load_weights(DEFAULT_WEIGHTS)
+    assert TrainConfig.model_validate(about["config"]) == RECIPE
 
 
 def test_exact_answer_costs_next_to_nothing():
