@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from reconstruct.estimate import Estimate
 from reconstruct.metrics import confidence_errors
 from reconstruct.plane_sweep import plane_sweep
-from reconstruct.predict import load_network, predict
+from reconstruct.predict import TrainedNetwork, load_network, predict
 from reconstruct.refine import refine
 from tests.benchmarks.bench_focus import depth_error_px
 from tests.benchmarks.bench_foundation import Goal, tensors
@@ -43,12 +43,12 @@ TUNED_ON = (
 )
 
 
-def started(start: str, stack: FoundationStack, weights: str = "default") -> Estimate:
-    """The answer that refinement begins with, the network's with these `weights`."""
+def started(start: str, stack: FoundationStack, network: TrainedNetwork) -> Estimate:
+    """The answer that refinement begins with."""
     valid = torch.tensor(stack.valid)
     if start == "sweep":
         return plane_sweep(*tensors(stack), valid=valid)
-    return predict(load_network(weights, torch.device("cpu")), *tensors(stack), valid)
+    return predict(network, *tensors(stack), valid)
 
 
 def errors(estimate: Estimate, stack: FoundationStack) -> NDArray[np.float64]:
@@ -75,6 +75,7 @@ def main(argv: list[str]) -> None:
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     names = options.scenes or scene_names()
+    network = load_network(options.weights, torch.device("cpu"))
     goals: list[Goal] = []
     table = []
     for condition in options.conditions:
@@ -86,7 +87,7 @@ def main(argv: list[str]) -> None:
                 stack = foundation_stack(half_size_scene(name), "dslr", condition)
                 if options.window:
                     stack = stack.middle(*options.window)
-                first = started(start, stack, options.weights)
+                first = started(start, stack, network)
                 begun = time.process_time()
                 refined = refine(*tensors(stack), first, steps=options.steps, valid=torch.tensor(stack.valid))
                 seconds = time.process_time() - begun
