@@ -325,8 +325,10 @@ def fit(
     optimizer = torch.optim.AdamW(net.parameters(), config.learning_rate, weight_decay=decay, fused=fused)
     average = Average(net, config.ema_decay)
     start, history, best = _resume(net, optimizer, average, config, run, resume)
-    model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
-    warnings.filterwarnings("ignore", "Grad strides do not match")  # a 1x1 weight's may be written in two ways
+    model: nn.Module = net
+    if world > 1:
+        model = nn.parallel.DistributedDataParallel(net)
+        warnings.filterwarnings("ignore", "Grad strides do not match")  # a 1x1 weight's may be written in two ways
     scores = [entry["score"] for entry in history]
     board = _tensorboard(run) if rank == 0 else None
     saved_at = time.monotonic()
