@@ -39,6 +39,7 @@ from capture.lens import Lens
 from capture.optics import NOTES_FOCUS_M, NOTES_LENS, sweep_for_scene
 from capture.scenes import Scene, load_scene, motorcycle, srgb_to_linear
 from reconstruct import metrics
+from reconstruct.checkpoint import load_weights
 from reconstruct.dataset import CapturedStack
 from reconstruct.estimate import Estimate
 from reconstruct.even import evened
@@ -57,6 +58,8 @@ from reconstruct.plane_sweep import plane_sweep
 from reconstruct.predict import TrainedNetwork, load_network, predict, wrap
 from reconstruct.refine import refine
 from reconstruct.render import render_stack
+from reconstruct.settle import MIDWAY_WEIGHTS
+from reconstruct.settle import WEIGHTS as SETTLE_WEIGHTS
 from reconstruct.shape_from_focus import WINDOWS_PX, shape_from_focus
 from reconstruct.train import TrainConfig, fit
 from tests.benchmarks.bench_foundation import (
@@ -540,7 +543,8 @@ def main(argv: list[str]) -> None:
     print(f"weights {network.identity}, {network.about.get('validation')}, {network.about.get('calibration')}")
     goals: list[Goal] = []
     parts, seeds = set(chosen.parts), chosen.seeds
-    store = Store(chosen.output, network.about["sha256"], set() if chosen.resume else parts)
+    made_with = network.about, *(load_weights(path, "settle")[1] for path in (MIDWAY_WEIGHTS, SETTLE_WEIGHTS))
+    store = Store(chosen.output, " ".join(x["sha256"] for x in made_with), set() if chosen.resume else parts)
     scenes = {name: half_size_scene(name) for name in scene_names()}
     combos = [(o, c) for o in chosen.optics for c in chosen.conditions] if parts & {"zero", "refine"} else []
 
