@@ -335,6 +335,8 @@ def test_shipped_weights_say_how_they_came_about():
     _, midway = load_weights(MIDWAY_WEIGHTS, "settle")
     _, about = load_weights(WEIGHTS, "settle")
     assert about["midway"] == midway["sha256"][:12]
+    shipped = load_network("default", torch.device("cpu")).identity
+    assert about["started_from"] == midway["started_from"] == shipped
     assert about["recipe"] == SettleRecipe().model_dump()
     assert midway["recipe"] == load_yaml(MIDWAY_RECIPE, SettleRecipe).model_dump()
     for validation in (about["validation"], midway["validation"]):
