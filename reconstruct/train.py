@@ -8,6 +8,7 @@ averaged: the result does not depend on how many they are, nor on `accumulate`.
 from __future__ import annotations
 
 import atexit
+import importlib
 import math
 import os
 import shutil
@@ -463,6 +464,9 @@ def _join_processes(device: torch.device) -> tuple[int, int]:
     if not torch.distributed.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
+        # imported later, as DDP does, it keeps the group as a default argument: then gloo's threads outlive Python, and
+        # one that still lets go of a tensor aborts the process
+        importlib.import_module("torch.distributed.nn.functional")
         store, rank, world = next(torch.distributed.rendezvous("env://"))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store still holds what killed ones wrote
         torch.distributed.init_process_group(
