@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 
 
 def without_password(text: str) -> str:
@@ -32,6 +33,14 @@ class SomeFailedError(DaifError):
     """Some items of a list failed; each was named, the others were finished."""
 
     exit_code = 3
+
+
+class StoppedError(DaifError):
+    """Asked to stop, by Ctrl-C (exit code 130) or by the system (143); the text says how to go on."""
+
+    def __init__(self, message: str, signal_number: int = signal.SIGINT) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
 
 
 class LockedError(DaifError):

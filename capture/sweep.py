@@ -39,7 +39,7 @@ from capture.cameras.base import (
     UnsupportedControl,
 )
 from capture.decode import Decoded, decode_image
-from capture.errors import DaifError, DataError, UsageError
+from capture.errors import DataError, StoppedError, UsageError
 from capture.exif import exif_block, from_sensor_plane, read_exif
 from capture.lease import Lease
 from capture.lens import Lens, LensProfile
@@ -116,12 +116,8 @@ class SweepResult:
     warnings: list[str] = field(default_factory=list)
 
 
-class SweepInterrupted(DaifError):
-    """The operator, or the system, asked to stop; exit code 130 (Ctrl-C) or 143 (terminated)."""
-
-    def __init__(self, message: str, signal_number: int) -> None:
-        super().__init__(message)
-        self.exit_code = 128 + signal_number
+class SweepInterrupted(StoppedError):
+    """Before the end; the stack is resumable."""
 
 
 class StopRequest:

@@ -82,7 +82,7 @@ def _holds_photographs(names: Collection[str]) -> bool:
 
 def _below(folder: Path) -> Iterator[Path]:
     children = sorted(folder.iterdir())
-    yield from (child for child in children if child.suffix == ".h5" and child.is_file())
+    yield from (child for child in children if child.suffix == ".h5" and child.name[0] != "." and child.is_file())
     if _holds_photographs([child.name for child in children]):
         yield folder
     for child in children:

@@ -21,6 +21,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from capture.errors import DataError
+from reconstruct.memory import room_in
 
 FORMAT = 1
 DEFAULT_WEIGHTS = Path(__file__).parent / "weights" / "default.safetensors"
@@ -49,20 +50,26 @@ def load_weights(path: str | Path, preset: str | None = None) -> tuple[dict[str,
 
 
 def save_state(run: Path, step: int, parts: Mapping[str, Mapping[str, Tensor]], about: Mapping[str, Any]) -> Path:
-    """Write the folder `run/step-...` with one safetensors file per part; it appears whole or not at all."""
+    """Write the folder `run/step-...` with one safetensors file per part; it appears whole or not at all.
+
+    Raises NoSpaceError if the disk is full.
+    """
     final = run / f"step-{step:08d}"
     partial = run / f".partial-{step:08d}"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     hashes = {}
-    for name, tensors in parts.items():
-        payload = _packed(tensors)
-        hashes[name] = hashlib.sha256(payload).hexdigest()
-        _write_whole(partial / f"{name}.safetensors", payload)
-    document = {"format": FORMAT, "step": step, "sha256": hashes, **about}
-    _write_whole(partial / "state.json", (json.dumps(document, indent=1) + "\n").encode())
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
+    try:
+        partial.mkdir(parents=True)
+        for name, tensors in parts.items():
+            payload = _packed(tensors)
+            hashes[name] = hashlib.sha256(payload).hexdigest()
+            _write_whole(partial / f"{name}.safetensors", payload)
+        document = {"format": FORMAT, "step": step, "sha256": hashes, **about}
+        _write_whole(partial / "state.json", (json.dumps(document, indent=1) + "\n").encode())
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return final
 
 
@@ -86,11 +93,14 @@ def _packed(tensors: Mapping[str, Tensor]) -> bytes:
 
 def _write_whole(path: Path, payload: bytes) -> None:
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(payload)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with room_in(path.parent, f"{path.name} ({len(payload) / 1e6:.1f} MB)"), partial.open("wb") as file:
+            file.write(payload)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _options = {"debug": False}
+INTERRUPTED = 130  # 128 + SIGINT
 
 
 @app.callback()
@@ -228,8 +229,10 @@ def main() -> None:
         app()
     except DaifError as error:
         _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _fail("interrupted; run the same command again to continue", 130)
+    except SystemExit as end:
+        if end.code == INTERRUPTED and isinstance(end.__context__, typer.Exit):  # what typer makes of Ctrl-C
+            _fail("interrupted; run the same command again to continue", INTERRUPTED)
+        raise
     except OSError as error:
         if error.errno == 28:  # ENOSPC
             _fail(

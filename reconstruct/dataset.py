@@ -15,8 +15,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import time
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -38,6 +40,7 @@ from capture.stack import FocalStack
 from reconstruct import remote, result
 from reconstruct.device import own_share
 from reconstruct.lens_fit import picture_focus
+from reconstruct.memory import on_disk, room_in
 from reconstruct.network import Prior
 from reconstruct.optics import optics_of
 from reconstruct.plane_sweep import quietened, relative_exposure
@@ -388,12 +391,15 @@ class ScenePool:
         if not path.exists():
             rendered = render_scene((self.seed, index), self.size)
             partial = path.with_suffix(f".{os.getpid()}.partial")
-            with partial.open("wb") as file:
+            with room_in(self.folder, path.name), partial.open("wb") as file:
                 np.savez(file, **vars(rendered))
             partial.replace(path)
             return rendered
-        with np.load(path, allow_pickle=False) as stored:
-            return RenderedScene(**{name: stored[name] for name in stored.files})
+        try:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+                return RenderedScene(**{name: stored[name] for name in stored.files})
+        except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            raise DataError(f"{path}: damaged ({error}); delete it, it is made anew") from None
 
 
 def choose_frames(rng: np.random.Generator, count: int) -> NDArray[np.intp]:
@@ -478,6 +484,8 @@ class SimulatedBatches:
 # ---------------------------------------------------------------------------------------------- captured stacks
 
 LONGEST_SIDE_PX = 1024  # captured stacks are trained on at this size or below
+LEAST_SIDE_PX = 32
+STORED = ("frames", "valid", "focus_dpt", "kappa")
 WIDEST_BLUR_PX = 40.0  # and so that the widest blur of the sweep stays below this
 
 
@@ -523,10 +531,9 @@ def kept_prior(prior: Prior, folder: Path) -> Prior:
 
 
 def kept(values: Tensor, folder: Path) -> Tensor:
-    """`values` mapped from a file in `folder` without a name, which goes with the process."""
+    """`values` mapped from a file in `folder`, as by `on_disk`."""
     array = values.cpu().numpy()
-    with tempfile.TemporaryFile(dir=folder) as file:
-        mapped = np.memmap(file, array.dtype, "w+", shape=array.shape)
+    mapped = on_disk(array.shape, array.dtype, folder)
     mapped[:] = array
     return torch.from_numpy(mapped)
 
@@ -538,7 +545,7 @@ def prepare_captured(locations: Sequence[str | Path], profile: LensProfile | Non
     """
     result.remove_leftovers(folder)
     rank, world = own_share()
-    targets = [folder / f"{Path(location).stem}-{_fingerprint(str(location), profile)}" for location in locations]
+    targets = [folder / f"{Path(x).stem[:80]}-{_fingerprint(str(x), profile)}" for x in locations]
     for location, target in list(zip(locations, targets, strict=True))[rank::world]:
         if not target.exists():
             with tempfile.TemporaryDirectory(prefix="daif-") as scratch:
@@ -556,18 +563,25 @@ def _fingerprint(location: str, profile: LensProfile | None) -> str:
 
 def _keep(stack: CapturedStack, target: Path) -> None:
     partial = target.with_name(f".{target.name}.partial-{result.who()}")
-    partial.mkdir(parents=True)
-    for name in ("frames", "valid", "focus_dpt", "kappa"):
-        np.save(partial / f"{name}.npy", getattr(stack, name).numpy())
-    (partial / "about.json").write_text(json.dumps({"name": stack.name, "metric": stack.metric}))
-    partial.rename(target)
+    try:
+        with room_in(target.parent, f"{stack.name}, prepared ({stack.frames.nbytes / 1e6:.0f} MB)"):
+            partial.mkdir(parents=True)
+            for name in STORED:
+                np.save(partial / f"{name}.npy", getattr(stack, name).numpy())
+            (partial / "about.json").write_text(json.dumps({"name": stack.name, "metric": stack.metric}))
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _mapped(folder: Path) -> CapturedStack:
-    about = json.loads((folder / "about.json").read_text())
-    for name in ("frames", "valid", "focus_dpt", "kappa"):
-        about[name] = torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c"))  # "c": torch wants it writable
-    return CapturedStack(**about)
+    try:
+        about = json.loads((folder / "about.json").read_text())
+        for name in STORED:
+            about[name] = torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c"))  # "c": writable, for torch
+        return CapturedStack(**about)
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{folder}: damaged ({error}); delete it, it is made anew from the stack") from None
 
 
 def load_captured(path: str | Path, profile: LensProfile | None = None) -> CapturedStack:
@@ -582,6 +596,12 @@ def load_captured(path: str | Path, profile: LensProfile | None = None) -> Captu
         step = max(1, -(-max(stack.height, stack.width) // LONGEST_SIDE_PX), int(np.ceil(widest_px / WIDEST_BLUR_PX)))
         height, width = stack.height // step * step, stack.width // step * step
         size = (width // step, height // step)
+        if min(size) < LEAST_SIDE_PX:
+            why = f": its blur spans {widest_px:.0f} px, check pixel_pitch_m and focus distances" if step > 1 else ""
+            raise DataError(
+                f"{path}: {stack.width} x {stack.height} px, trained on at {size[0]} x {size[1]}{why}; "
+                f"at least {LEAST_SIDE_PX} px a side are needed"
+            )
         small = np.stack(
             [
                 cv2.resize(stack.linear(i, slice(height), slice(width)), size, interpolation=cv2.INTER_AREA)

@@ -188,7 +188,10 @@ class Lesson:
         else:
             while not refined.with_suffix(".json").exists():
                 time.sleep(0.2)
-            maps, about = load_weights(refined)
+            try:
+                maps, about = load_weights(refined)
+            except DataError as error:
+                raise DataError(f"{error}; delete both, they are made anew") from None
             psf = about["psf"]
         wanted = Estimate(**maps, metric=stack.metric)
         return cls(stack, kept(quiet, folder), kept_prior(prior, folder), wanted, full, withheld, psf)
@@ -254,6 +257,15 @@ def prepare_lessons(
     return [lessons[i] for i in range(len(stacks))]
 
 
+def _all_of(stacks: Sequence[CapturedStack]) -> str:
+    """What tells these stacks from others, short enough to be said."""
+    digest = hashlib.sha256()
+    for stack in stacks:
+        digest.update(f"{stack.name} {stack.focus_dpt.tolist()} {stack.kappa.tolist()}".encode())
+        digest.update(stack.frames.numpy().tobytes())
+    return f"{len(stacks)} of SHA-256 {digest.hexdigest()[:12]}"
+
+
 def _fingerprint(stack: CapturedStack, start: TrainedNetwork | None, refine_steps: int, withhold: bool) -> str:
     """What refined maps depend on, in a few letters."""
     optics = f"{stack.focus_dpt.tolist()} {stack.kappa.tolist()}"
@@ -266,6 +278,11 @@ def withheld_frame(stack: CapturedStack) -> int:
     if len(stack.frames) < 3:
         return -1
     return int(stack.focus_dpt.argsort()[len(stack.frames) // 2])
+
+
+def _crop_px(stacks: Sequence[CapturedStack], config: TrainConfig) -> int:
+    """Side of the crops: as configured, or what the smallest stack has."""
+    return min(config.crop_px, *(min(stack.frames.shape[-2:]) // 16 * 16 for stack in stacks))
 
 
 def _predict(network: TrainedNetwork, stack: CapturedStack, device: torch.device) -> Estimate:
@@ -307,10 +324,7 @@ class DistilTask:
 
     def __init__(self, lessons: Sequence[Lesson], config: TrainConfig, device: torch.device, folder: Path) -> None:
         self.lessons, self.config, self.device = list(lessons), config, device
-        smallest = min(min(lesson.stack.frames.shape[-2:]) for lesson in self.lessons)
-        self.crop = min(config.crop_px, smallest // 16 * 16)
-        if self.crop < 32:
-            raise DataError(f"the smallest stack is {smallest} px on its short side; training needs at least 32")
+        self.crop = _crop_px([lesson.stack for lesson in self.lessons], config)
         again = [retakes(x, [config.seed, 6, i], device, folder) for i, x in enumerate(self.lessons)]
         self.drawn = [*self.lessons * DRAWN, *itertools.chain(*again)]
         self.mixed_share, self.mixed = max(0.0, 1 - len(self.lessons) / VARIED), list[Lesson]()
@@ -447,11 +461,12 @@ def adapt(
     (`reliably_lower`), the network goes on to learn from all frames and is written to `run/weights.safetensors`. A new
     network has no before: it is compared with the plane sweep, never sees the withheld frames, and is kept in any case.
 
-    Raises DataError when no stack has three frames: then nothing can be withheld to judge by.
+    Stacks whose every frame is of one colour are left out, which is said. Raises DataError when that leaves none, or
+    when no stack has three frames: then nothing can be withheld to judge by.
     """
+    stacks = _not_plain(told_apart(stacks))
     if all(withheld_frame(stack) < 0 for stack in stacks):
         raise DataError("every stack has two frames only: none can be withheld to judge by; capture at least three")
-    stacks = told_apart(stacks)
     run.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(config.seed)
@@ -461,8 +476,15 @@ def adapt(
     only_adaptable(net, anew=start is None)
     net.to(device)
 
+    made_from = {
+        "stacks": _all_of(stacks),
+        "the start": "nothing" if start is None else start.identity,
+        "refinement steps": str(refine_steps),
+    }
+
     def teach(task: DistilTask, states: Path) -> None:
-        net.load_state_dict(fit(net, task, task.config, states, device=device, resume=resume))
+        learned = fit(net, task, task.config, states, device=device, resume=resume, made_from=made_from)
+        net.load_state_dict(learned)
 
     def lessons(*, withhold: bool) -> list[Lesson]:
         which = "all frames but one" if withhold else "all frames"
@@ -505,6 +527,19 @@ def only_adaptable(net: nn.Module, *, anew: bool = False) -> None:
     frozen = IMAGE_HEAD if anew else IMAGE_HEAD + READING
     for name, parameter in net.named_parameters():
         parameter.requires_grad_(name.split(".")[0] not in frozen)
+
+
+def _not_plain(stacks: Sequence[CapturedStack]) -> list[CapturedStack]:
+    """Those that show anything: any depth predicts a frame of one colour."""
+    showing = []
+    for stack in stacks:
+        if bool((stack.frames.amax((2, 3)) > stack.frames.amin((2, 3))).any()):
+            showing.append(stack)
+        elif is_first_process():
+            print(f"{stack.name}: every frame is of one colour, which tells no depth; left out", file=sys.stderr)
+    if not showing:
+        raise DataError("every frame of every stack is of one colour: there is nothing to learn depth from")
+    return showing
 
 
 def _tempered(start: TrainedNetwork | None, net: DefaultNet | PaperNet) -> DefaultNet | PaperNet:
@@ -571,7 +606,7 @@ class PhotometricTask:
 
     def __init__(self, stacks: Sequence[CapturedStack], config: TrainConfig) -> None:
         self.stacks, self.config = list(stacks), config
-        self.crop = min(config.crop_px, *(min(stack.frames.shape[-2:]) // 16 * 16 for stack in self.stacks))
+        self.crop = _crop_px(self.stacks, config)
 
     def batch(self, step: int, part: int = 0, parts: int = 1) -> StackBatch:
         """Random crops of one stack, unchanged: the published training has no augmentation."""
@@ -621,7 +656,8 @@ def train_paper(
         raise DataError(f"the paper preset needs focus distances, unknown in {unknown}; use the default preset")
     torch.manual_seed(config.seed)
     task, net = PhotometricTask(stacks, config), PaperNet()
-    net.load_state_dict(fit(net, task, config, run, device=device, resume=resume))
+    made_from = {"stacks": _all_of(stacks)}
+    net.load_state_dict(fit(net, task, config, run, device=device, resume=resume, made_from=made_from))
     about = {"preset": "paper", "teacher": PHOTOMETRIC, "config": config.model_dump(), "validation": task.validate(net)}
     if is_first_process():
         save_weights(run / "weights.safetensors", net.state_dict(), about)

@@ -7,12 +7,15 @@ The bytes per pixel of plane sweep and network are the growth of peak resident m
 from __future__ import annotations
 
 import ctypes
+import errno
 import math
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -76,17 +79,35 @@ class Scratch:
         if size <= self.left:
             self.left -= size
             return np.empty(shape, np.float32)
-        try:
-            with tempfile.TemporaryFile(prefix="daif-") as file:  # the mapping outlives it
-                os.ftruncate(file.fileno(), size)
-                if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error now, not a crash later
-                return np.memmap(file, np.float32, "r+", shape=shape)
-        except OSError as error:
-            raise NoSpaceError(
-                f"{tempfile.gettempdir()} has no room for {size / 1e9:.1f} GB of intermediate results "
-                f"({error.strerror}); free some, or set TMPDIR to another disk"
-            ) from None
+        return on_disk(shape, np.dtype(np.float32))
+
+
+def on_disk(shape: tuple[int, ...], dtype: np.dtype[Any], folder: Path | None = None) -> NDArray[Any]:
+    """An array of unknown content, mapped from a file without a name in `folder` (or where temporary files go).
+
+    The file goes with the array. Raises NoSpaceError if the disk is full.
+    """
+    size = dtype.itemsize * math.prod(shape)
+    where = Path(tempfile.gettempdir()) if folder is None else folder
+    instead = "set TMPDIR to another disk" if folder is None else "use another -o"
+    room = room_in(where, f"{size / 1e9:.1f} GB of intermediate results", instead)
+    with room, tempfile.TemporaryFile(prefix="daif-", dir=where) as file:  # the mapping outlives it
+        os.ftruncate(file.fileno(), size)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error now, not a crash later
+        return np.memmap(file, dtype, "r+", shape=shape)
+
+
+@contextmanager
+def room_in(folder: Path, what: str, instead: str = "use another -o") -> Iterator[None]:
+    """A full disk, met while `what` is written into `folder`, becomes a NoSpaceError."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if full or "requested and" in str(error):  # NumPy's, without a number
+            raise NoSpaceError(f"{folder} has no room for {what}; free some, or {instead}") from None
+        raise
 
 
 def plan(

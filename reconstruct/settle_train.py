@@ -282,9 +282,12 @@ def _refined_stacks(recipe: SettleRecipe, pool: Path) -> Iterator[Path]:
     workers = ProcessPoolExecutor(os.cpu_count(), context, _single_threaded)
     with workers as processes, display(recipe.stacks, 0, quiet=False) as show:
         paths = processes.map(partial(refined_stack, recipe, pool), range(recipe.stacks))
-        for done, path in enumerate(paths, 1):
-            show.step(done, {}, 1, log=done % LOG_EVERY == 0)
-            yield path
+        try:
+            for done, path in enumerate(paths, 1):
+                show.step(done, {}, 1, log=done % LOG_EVERY == 0)
+                yield path
+        finally:
+            processes.shutdown(wait=False, cancel_futures=True)  # those in hand are finished, and kept
 
 
 def _single_threaded() -> None:

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import atexit
 import importlib
+import json
 import math
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +26,10 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from capture.errors import DataError, UsageError
+from capture.errors import DataError, StoppedError, UsageError
 from reconstruct.checkpoint import latest_state, load_state, save_state, save_weights
 from reconstruct.dataset import PHOTOGRAPHS, ScenePool, SimulatedBatches, StackBatch
 from reconstruct.device import has_bf16, own_share
@@ -38,10 +41,10 @@ from reconstruct.network import DefaultNet, NetworkOutput, PaperNet, build, plac
 class TrainConfig(BaseModel):
     """Everything a training run depends on, apart from its data folders; YAML in `configs/train` overrides it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     preset: Literal["default", "paper"] = "default"
-    seed: int = 1
+    seed: int = Field(1, ge=0)
     steps: int = Field(3000, ge=1)
     batch: int = Field(5, ge=1, description="stacks a step, shared by all processes")
     accumulate: int = Field(1, ge=1, description="parts that a process works on one after the other, to save memory")
@@ -184,6 +187,11 @@ class SimulatedTask:
 
     def __post_init__(self) -> None:
         config = self.config
+        if config.crop_px > config.scene_px:
+            raise UsageError(
+                f"crop_px is {config.crop_px}, scene_px {config.scene_px}: crops must fit into the simulated scenes; "
+                "lower the one or raise the other in the config"
+            )
         scenes = ScenePool(self.pool, config.seed, config.scene_px)
         self.data = SimulatedBatches(scenes, config.scenes, config.first_scenes, config.batch, config.crop_px)
         others = ScenePool(self.pool, config.seed + 1000, config.scene_px)
@@ -293,7 +301,7 @@ def fit(
     *,
     device: torch.device,
     resume: bool = False,
-    before: dict[str, Any] | None = None,
+    made_from: Mapping[str, str] | None = None,
 ) -> dict[str, Tensor]:
     """Train `net` in place on `task`; returns the averaged weights, and leaves states and logs in `run`.
 
@@ -304,12 +312,14 @@ def fit(
         run: folder for the states (`step-...`), TensorBoard events and, at the end, nothing else.
         device: from `pick_device`.
         resume: continue from the newest state in `run`, if there is one.
-        before: stored in every state, for whoever reads it later.
+        made_from: what else the result depends on, by name (stacks, start ...); a state made from anything else is not
+            resumed.
 
     Raises:
-        DataError: a state that is damaged or belongs to another config; a loss that is not finite (the last good
-            state stays).
+        DataError: a state that is damaged or belongs to another config or `made_from`; a loss that is not finite (the
+            last good state stays).
         UsageError: `run` holds states and `resume` is False; the batch does not fit into memory or cannot be shared.
+        StoppedError: SIGINT or SIGTERM came to a single process; the step in hand was finished and its state kept.
     """
     rank, world = _join_processes(device)
     shares = world * config.accumulate
@@ -325,15 +335,19 @@ def fit(
     decay = config.weight_decay
     optimizer = torch.optim.AdamW(net.parameters(), config.learning_rate, weight_decay=decay, fused=fused)
     average = Average(net, config.ema_decay)
-    start, history, best = _resume(net, optimizer, average, config, run, resume)
+    made_of = config.model_dump() | dict(made_from or {})
+    start, history, best = _resume(net, optimizer, average, made_of, run, resume)
     model: nn.Module = net
     if world > 1:
         model = nn.parallel.DistributedDataParallel(net)
         warnings.filterwarnings("ignore", "Grad strides do not match")  # a 1x1 weight's may be written in two ways
     scores = [entry["score"] for entry in history]
+    if _out_of_patience(config, scores):
+        return _on_all(best or average.tensors, device, world)
     board = _tensorboard(run) if rank == 0 else None
     saved_at = time.monotonic()
-    with display(config.steps, start, quiet=rank != 0) as show, _in_bf16(net, device):
+    shown, stopping = display(config.steps, start, quiet=rank != 0), _stop_request(world == 1)
+    with shown as show, stopping as stop, _in_bf16(net, device):
         show.note(
             f"{type(net).__name__}: {task.teacher}; steps {start} to {config.steps} on {device}, {world} process(es)"
         )
@@ -381,13 +395,13 @@ def fit(
                 scores.append(history[-1]["score"])
                 if config.keep == "best" and scores[-1] <= min(scores):
                     best = {name: tensor.clone() for name, tensor in average.tensors.items()}
-                if config.patience and len(scores) - 1 - scores.index(min(scores)) >= config.patience:
+                if _out_of_patience(config, scores):
                     show.note(f"stopped at step {done}: no better for {config.patience} checks")
                     last = True
             if world > 1 and config.patience and done % config.validate_every == 0:
                 last = _told_by_the_first(last, device)
             due = time.monotonic() - saved_at > config.checkpoint_seconds or done % config.checkpoint_every == 0
-            if rank == 0 and (due or last):
+            if rank == 0 and (due or last or stop):
                 parts = {
                     "model": net.state_dict(),
                     "average": average.tensors,
@@ -395,20 +409,53 @@ def fit(
                     "random": {"torch": torch.get_rng_state()},
                     "best": best,
                 }
-                about = {"config": config.model_dump(), "history": history, **(before or {})}
-                save_state(run, done, parts, about)
+                save_state(run, done, parts, {"made_of": made_of, "history": history})
                 for old in sorted(run.glob("step-*"))[: -config.keep_states]:
                     shutil.rmtree(old)
                 saved_at = time.monotonic()
             if last:
                 break
+            if stop:
+                again = "the same command with --resume goes on from there"
+                raise StoppedError(f"stopped after step {done} of {config.steps}; {again}", stop[0])
     if board is not None:
         board.close()
-    answer = {name: tensor.to(device) for name, tensor in (best or average.tensors).items()}
+    return _on_all(best or average.tensors, device, world)
+
+
+def _out_of_patience(config: TrainConfig, scores: list[float]) -> bool:
+    return bool(config.patience and scores) and len(scores) - 1 - scores.index(min(scores)) >= config.patience
+
+
+def _on_all(tensors: dict[str, Tensor], device: torch.device, world: int) -> dict[str, Tensor]:
+    """What the first process holds, in all of them: only that knows which weights were best."""
+    answer = {name: tensor.to(device) for name, tensor in tensors.items()}
     if world > 1:
         for name in sorted(answer):  # a resumed run has them in another order
-            torch.distributed.broadcast(answer[name], 0)  # only the first process knows which were best
+            torch.distributed.broadcast(answer[name], 0)
     return answer
+
+
+@contextmanager
+def _stop_request(wanted: bool) -> Iterator[list[int]]:
+    """Holds the first SIGINT or SIGTERM, if `wanted` and in the main thread; a second does what it always does."""
+    asked: list[int] = []
+    before: dict[int, Any] = {}
+
+    def on_signal(number: int, _: object) -> None:
+        asked.append(number)
+        restore()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    if wanted and threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        restore()
 
 
 @contextmanager
@@ -479,30 +526,34 @@ def _join_processes(device: torch.device) -> tuple[int, int]:
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
-def _resume(
-    net: nn.Module, optimizer: torch.optim.Optimizer, average: Average, config: TrainConfig, run: Path, resume: bool
-) -> tuple[int, list[dict[str, Any]], dict[str, Tensor]]:
-    """Put the newest state of `run` into place; (next step, validation history so far, best weights so far)."""
+def refuse_another(run: Path, *, resume: bool) -> None:
+    """UsageError if `run` holds a training run that is not to be resumed."""
     state = latest_state(run)
-    if state is None:
-        return 0, [], {}
-    if not resume:
+    if state is not None and not resume:
         raise UsageError(
             f"{run} already holds a training run at {state.name}; use --resume to continue it, or another -o"
         )
+
+
+def _resume(
+    net: nn.Module, optimizer: torch.optim.Optimizer, average: Average, made_of: dict[str, Any], run: Path, resume: bool
+) -> tuple[int, list[dict[str, Any]], dict[str, Tensor]]:
+    """Put the newest state of `run` into place; (next step, validation history so far, best weights so far)."""
+    refuse_another(run, resume=resume)
+    state = latest_state(run)
+    if state is None:
+        return 0, [], {}
     try:
         parts, about = load_state(state)
     except DataError as error:
         raise DataError(f"{error}; delete {state.name} to go on from the state before it") from error
-    try:
-        stored = TrainConfig.model_validate(about.get("config", {})).model_dump()
-    except ValidationError as error:
-        raise DataError(f"{state}: its config is not one of this version's; use another -o") from error
-    now = config.model_dump()
-    for name in now:
-        if name not in NOT_PART_OF_THE_RESULT | EXTENDABLE and stored[name] != now[name]:
+    stored = about.get("made_of")
+    if not isinstance(stored, dict):
+        raise DataError(f"{state}: made by another version of daif; use another -o")
+    for name, now in json.loads(json.dumps(made_of)).items():
+        if name not in NOT_PART_OF_THE_RESULT | EXTENDABLE and stored.get(name) != now:
             raise DataError(
-                f"{state}: was trained with {name} = {stored[name]!r}, now {now[name]!r}; "
+                f"{state}: was trained with {name} = {stored.get(name)!r}, now {now!r}; "
                 "continue with the old value or use another -o"
             )
     try:
@@ -511,9 +562,10 @@ def _resume(
         raise DataError(f"{state}: does not fit this version's network; use another -o") from error
     device = next(net.parameters()).device
     average.tensors = {name: tensor.to(device) for name, tensor in parts["average"].items()}
-    for name, parameter in net.named_parameters():
-        own = {k.rpartition(".")[2]: v for k, v in parts["optimizer"].items() if k.rpartition(".")[0] == name}
-        optimizer.state[parameter] = {k: v if k == "step" else v.to(device) for k, v in own.items()}
+    states: dict[int, dict[str, Tensor]] = {}
+    for i, (name, _) in enumerate(net.named_parameters()):
+        states[i] = {k.rpartition(".")[2]: v for k, v in parts["optimizer"].items() if k.rpartition(".")[0] == name}
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": states})  # which knows where each part belongs
     if "random" in parts:
         torch.set_rng_state(parts["random"]["torch"])
     return int(about["step"]), list(about["history"]), parts.get("best", {})

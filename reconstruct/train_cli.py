@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from capture.errors import UsageError
+from capture.errors import StoppedError, UsageError
 
 if TYPE_CHECKING:
+    import torch
+
     from reconstruct.settle_train import SettleRecipe
     from reconstruct.train import TrainConfig
 
@@ -25,11 +28,17 @@ def train_command(
     recipe: Annotated[
         str | None, typer.Option(help="Train on simulated stacks: default, or refinement (what chooses depths in it).")
     ] = None,
-    preset: Annotated[str, typer.Option(help="default, or paper for the published network and training.")] = "default",
-    init: Annotated[str, typer.Option(help="Start from: default, none, or a weights file.")] = "default",
-    config: Annotated[Path | None, typer.Option(help="YAML that overrides the training configuration.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="default, or paper for the published network and training.")
+    ] = None,
+    init: Annotated[
+        str | None, typer.Option(help="Start from: default (if nothing is said), none, or a weights file.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML; what it sets replaces what is set otherwise.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Number of training steps.")] = None,
-    refine: Annotated[int, typer.Option(min=0, help="Refinement steps of each stack before distilling.")] = 25,
+    refine: Annotated[
+        int | None, typer.Option(min=0, help="Refinement steps of each stack before distilling; 25 if not said.")
+    ] = None,
     lens: Annotated[Path | None, typer.Option(help="Lens profile (lens.yaml) from `daif calibrate`.")] = None,
     pool: Annotated[Path | None, typer.Option(help="Where simulated scenes are kept; RUN/pool by default.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in -o.")] = False,
@@ -43,7 +52,7 @@ def train_command(
     STACKS with --init default adapts the shipped network to today's scene in minutes and keeps it only if it predicts
     withheld frames better. --init none learns from the stacks alone. --preset paper trains as published.
     """
-    if preset not in ("default", "paper"):
+    if preset not in (None, "default", "paper"):
         raise UsageError(f"--preset is {preset!r}; it must be default or paper")
     if recipe is None and not stacks:
         raise UsageError("name the stacks to train on, or --recipe default to train on simulated ones")
@@ -51,29 +60,43 @@ def train_command(
         raise UsageError(f"--recipe is {recipe!r}; it must be default or refinement (change it by --config)")
     if recipe is not None and stacks:
         raise UsageError("--recipe trains on simulated stacks; leave the captured ones out")
-    if recipe == "refinement":
-        if (preset, init) != ("default", "default") or device not in ("auto", "cpu"):
-            raise UsageError(
-                "--recipe refinement trains a network of its own on CPUs; leave --preset, --init and --device out"
-            )
-        print(_train_refinement(config, steps, out, pool or out / "pool", dry_run=dry_run))
-        return
-    from reconstruct.device import pick_device
-
-    files = _files(stacks or [])
-    settings = _settings(config, recipe, preset, init, steps, len(files))
-    target = pick_device(device)
-    if dry_run:
-        _print_plan(settings, files, recipe, str(target))
-        return
-    from reconstruct.train import is_first_process, pretrain
-
+    given = {"--preset": preset, "--init": init, "--refine": refine, "--lens": lens}
     if recipe is not None:
-        said = str(pretrain(settings, out, pool or out / "pool", device=target, resume=resume))
-    else:
-        said = _train_on_stacks(files, out, settings, init, refine, lens, resume, device)
-    if is_first_process():
-        print(said)
+        _refuse(f"--recipe {recipe} trains a new network on simulated stacks", given)
+    try:
+        if recipe == "refinement":
+            if device not in ("auto", "cpu"):
+                raise UsageError("--recipe refinement trains a small network on CPUs; leave --device out")
+            print(_train_refinement(config, steps, out, pool or out / "pool", dry_run=dry_run))
+            return
+        files = _files(stacks or [])
+        settings = _settings(config, recipe, preset, init, steps, len(files))
+        if settings.preset == "paper":
+            _refuse("the paper preset trains a new network as published", {"--init": init, "--refine": refine})
+        from reconstruct import remote
+        from reconstruct.device import pick_device
+        from reconstruct.train import is_first_process, pretrain, refuse_another
+
+        target = pick_device(device)
+        for run in (out, out / "judged"):
+            refuse_another(run, resume=resume)
+        if recipe is None:
+            said = _train_on_stacks(files, out, settings, init or "default", refine, lens, resume, target, dry_run)
+        elif dry_run:
+            said = _plan(settings, f"recipe {recipe}: {settings.scenes} simulated scenes", target)
+        else:
+            remote.prepare_output(str(out))
+            said = str(pretrain(settings, out, pool or out / "pool", device=target, resume=resume))
+        if is_first_process():
+            print(said)
+    except KeyboardInterrupt:
+        raise StoppedError(f"interrupted; the same command with --resume goes on from what {out} holds") from None
+
+
+def _refuse(why: str, given: Mapping[str, object]) -> None:
+    unused = [name for name, value in given.items() if value is not None]
+    if unused:
+        raise UsageError(f"{why}; leave {' and '.join(unused)} out")
 
 
 def _train_refinement(config: Path | None, steps: int | None, out: Path, pool: Path, *, dry_run: bool) -> str:
@@ -100,34 +123,43 @@ def _refinement_plan(settings: SettleRecipe) -> str:
 
 
 def _settings(
-    config: Path | None, recipe: str | None, preset: str, init: str, steps: int | None, stacks: int
+    config: Path | None, recipe: str | None, preset: str | None, init: str | None, steps: int | None, stacks: int
 ) -> TrainConfig:
+    """What is usual for such a training, changed by what `config` sets."""
     from capture.config import load_yaml
     from reconstruct.finetune import FROM_NOTHING, PAPER, finetune_config
     from reconstruct.train import RECIPE, TrainConfig
 
+    changed: dict[str, object] = {}
     if config is not None:
-        settings = load_yaml(config, TrainConfig)
-    elif recipe is not None:
-        settings = RECIPE
-    elif preset == "paper":
-        settings = PAPER
+        changed = load_yaml(config, TrainConfig).model_dump(exclude_unset=True)
+    if preset is not None and changed.get("preset", preset) != preset:
+        raise UsageError(f"{config}: preset is {changed['preset']}, --preset {preset}; leave one of them out")
+    if recipe is not None:
+        usual = RECIPE
+    elif (preset or changed.get("preset")) == "paper":
+        usual = PAPER
     else:
-        settings = FROM_NOTHING if init == "none" else finetune_config(stacks)
-    return settings if steps is None else settings.model_copy(update={"steps": steps})
+        usual = FROM_NOTHING if init == "none" else finetune_config(stacks)
+    if recipe is not None and changed.get("preset") == "paper":
+        raise UsageError(f"{config}: preset is paper, but --recipe trains the default network; leave preset out")
+    if steps is not None:
+        changed["steps"] = steps
+    return usual.model_copy(update=changed)
 
 
-def _print_plan(settings: TrainConfig, files: list[str], recipe: str | None, device: str) -> None:
+def _plan(settings: TrainConfig, data: str, device: torch.device) -> str:
     from reconstruct.network import build
     from reconstruct.train import step_memory_bytes
 
     net = build(settings.preset)
-    data = f"recipe {recipe}: {settings.scenes} simulated scenes" if recipe else f"{len(files)} stack(s)"
-    print(f"network    {settings.preset}, {sum(p.numel() for p in net.parameters()):,} parameters")
-    print(f"data       {data}")
-    print(f"steps      {settings.steps} of {settings.batch} crops of {settings.crop_px} px")
-    print(f"memory     about {step_memory_bytes(settings) / 2**30:.2f} GiB a step with 5 frames")
-    print(f"device     {device}")
+    return (
+        f"network    {settings.preset}, {sum(p.numel() for p in net.parameters()):,} parameters\n"
+        f"data       {data}\n"
+        f"steps      {settings.steps} of {settings.batch} crops of {settings.crop_px} px\n"
+        f"memory     about {step_memory_bytes(settings) / 2**30:.2f} GiB a step with 5 frames\n"
+        f"device     {device}"
+    )
 
 
 def _files(locations: list[str]) -> list[str]:
@@ -140,11 +172,18 @@ def _files(locations: list[str]) -> list[str]:
             inside = [f"{folder}/{name}" for folder, names in below for name in names if name.endswith(".h5")]
         else:
             path = Path(location)
-            inside = sorted(map(str, path.glob("*.h5"))) if path.is_dir() else [location]
+            inside = _below(path) if path.is_dir() else [location]
+            if not path.exists():
+                raise UsageError(f"{location} does not exist; check the name")
         if not inside:
             raise UsageError(f"{location}: no stack (*.h5) in this folder; `daif import` makes one of photographs")
         found += inside
     return found
+
+
+def _below(folder: Path) -> list[str]:
+    """Stacks in `folder` and below, but hidden ones, such as what macOS leaves on foreign disks."""
+    return sorted(str(path) for path in folder.rglob("*.h5") if not path.name.startswith("."))
 
 
 def _train_on_stacks(
@@ -152,28 +191,33 @@ def _train_on_stacks(
     out: Path,
     settings: TrainConfig,
     init: str,
-    refine: int,
+    refine: int | None,
     lens: Path | None,
     resume: bool,
-    device: str,
+    device: torch.device,
+    dry_run: bool,
 ) -> str:
-    """What there is to say of the run when it has ended."""
+    """What there is to say of the run when it has ended, or of what it would be."""
     from capture.lens import LensProfile
+    from reconstruct import remote
     from reconstruct.dataset import prepare_captured
-    from reconstruct.device import pick_device
     from reconstruct.finetune import adapt, train_paper
     from reconstruct.predict import load_network
     from reconstruct.train import is_first_process
 
-    target = pick_device(device)
     profile = None if lens is None else LensProfile.read(lens)
+    paper = settings.preset == "paper"
+    start = None if init == "none" or paper else load_network(init, device, "default")
+    if dry_run:
+        return _plan(settings, f"{len(files)} stack(s)", device)
+    remote.prepare_output(str(out))
     captured = prepare_captured(files, profile, out / "stacks")
     for stack in captured:
         if not stack.metric and is_first_process():
             print(f"{stack.name}: focus distances unknown; trained on in relative mode (ordered depth, no metres)")
-    if settings.preset == "paper":
-        return str(train_paper(captured, out, settings, device=target, resume=resume))
-    start = None if init == "none" else load_network(init, target, "default")
-    result = adapt(captured, start, out, settings, device=target, refine_steps=refine, resume=resume)
+    if paper:
+        return str(train_paper(captured, out, settings, device=device, resume=resume))
+    many = 25 if refine is None else refine
+    result = adapt(captured, start, out, settings, device=device, refine_steps=many, resume=resume)
     not_kept = "not better than its start on the withheld frames: not kept, go on with the old weights"
     return f"{result.table()}\n{result.weights or not_kept}"

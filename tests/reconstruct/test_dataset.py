@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
+import shutil
 import threading
 import time
 from dataclasses import fields
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from capture.errors import DataError, NoSpaceError
 from capture.lens import Lens
 from capture.stack import write_stack
 from reconstruct import dataset
@@ -179,3 +182,41 @@ def test_captured_stack_without_a_frame(stack_file):
     assert len(less.frames) == len(stack.frames) - 1 == len(less.kappa) == len(less.valid)
     assert torch.equal(less.frames[1], stack.frames[2])
     assert less.metric
+
+
+def test_what_is_damaged_in_a_run_is_named_and_made_anew_once_deleted(tmp_path, stack_file, pool):
+    dataset.prepare_captured([stack_file], None, tmp_path / "kept")
+    (prepared,) = (tmp_path / "kept").iterdir()
+    frames = prepared / "frames.npy"
+    frames.write_bytes(frames.read_bytes()[:-100])
+    with pytest.raises(DataError, match=f"{prepared.name}: damaged .*delete it"):
+        dataset.prepare_captured([stack_file], None, tmp_path / "kept")
+    shutil.rmtree(prepared)
+    dataset.prepare_captured([stack_file], None, tmp_path / "kept")
+    scene = pool[0]
+    pool.path(0).write_bytes(pool.path(0).read_bytes()[:-100])
+    with pytest.raises(DataError, match=r"000000\.npz: damaged .*delete it"):
+        pool[0]
+    pool.path(0).unlink()
+    assert np.array_equal(pool[0].frames, scene.frames)
+
+
+def test_too_little_room_to_keep_a_stack_is_one_sentence(tmp_path, stack_file):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(NoSpaceError, match=r"has no room for .*, prepared"):
+            dataset.prepare_captured([stack_file], None, tmp_path / "kept")
+        with pytest.raises(NoSpaceError, match="has no room for"):
+            dataset.kept(torch.zeros(100_000), tmp_path / "kept")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list((tmp_path / "kept").iterdir())
+
+
+def test_stack_that_is_too_small_to_train_on_is_named(tmp_path):
+    lens = Lens(focal_length_m=0.05, f_number=2.0, pixel_pitch_m=2e-7)  # a slip: the blur spans thousands of pixels
+    frames = np.random.default_rng(0).random((3, 64, 80, 3)).astype(np.float32)
+    write_stack(tmp_path / "s.h5", frames, focus_distance_m=[1.0, 1.5, 2.0], lens=lens, transfer="linear")
+    with pytest.raises(DataError, match=r"s\.h5: 80 x 64 px, trained on at .*check pixel_pitch_m"):
+        load_captured(tmp_path / "s.h5")

@@ -18,7 +18,7 @@ import torch
 from typer.testing import CliRunner
 
 from capture.config import load_yaml
-from capture.errors import DataError, UsageError
+from capture.errors import DataError, StoppedError, UsageError
 from capture.lens import Lens
 from capture.stack import write_stack
 from reconstruct import finetune, train
@@ -204,6 +204,30 @@ def test_resume_with_another_config_is_refused(tmp_path):
         fit(new_net(), ToyTask(), TINY.model_copy(update={"learning_rate": 0.1}), tmp_path, device=CPU, resume=True)
 
 
+def test_resume_from_anything_else_is_refused(tmp_path):
+    fit(new_net(), ToyTask(), TINY, tmp_path, device=CPU, made_from={"stacks": "1 of SHA-256 ab"})
+    with pytest.raises(DataError, match="trained with stacks = '1 of SHA-256 ab', now '2 of SHA-256 cd'"):
+        fit(new_net(), ToyTask(), TINY, tmp_path, device=CPU, resume=True, made_from={"stacks": "2 of SHA-256 cd"})
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_asked_to_stop_it_keeps_the_step_in_hand(tmp_path, number, code):
+    class Interrupted(ToyTask):
+        def batch(self, step, part=0, parts=1):
+            if step == 3:
+                os.kill(os.getpid(), number)
+            return super().batch(step, part, parts)
+
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    whole = fit(new_net(), ToyTask(), TINY, tmp_path / "whole", device=CPU)
+    with pytest.raises(StoppedError, match="stopped after step 4 of 6; the same command with --resume") as stopped:
+        fit(new_net(), Interrupted(), TINY, tmp_path / "cut", device=CPU)
+    assert stopped.value.exit_code == code
+    assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    resumed = fit(new_net(), ToyTask(), TINY, tmp_path / "cut", device=CPU, resume=True)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
 def test_best_state_wins_and_patience_ends_the_run(tmp_path):
     class Rising(ToyTask):
         calls = 0
@@ -216,6 +240,9 @@ def test_best_state_wins_and_patience_ends_the_run(tmp_path):
     config = TINY.model_copy(update={"steps": 20, "validate_every": 1, "keep": "best", "patience": 3, "ema_decay": 0.0})
     best = fit(new_net(), task, config, tmp_path, device=CPU)
     assert task.calls == 4
+    again = fit(new_net(), task, config, tmp_path, device=CPU, resume=True)
+    assert task.calls == 4
+    assert all(torch.equal(best[name], again[name]) for name in best)
     first = fit(new_net(), ToyTask(), config.model_copy(update={"steps": 1}), tmp_path / "one", device=CPU)
     changed = [name for name in best if not torch.allclose(best[name], first[name], atol=1e-2)]
     assert not changed
@@ -493,6 +520,22 @@ def test_stacks_of_one_name_are_all_judged(tmp_path, stack_file):
     assert result.after["scene"] != result.after["scene (2)"]
 
 
+def test_stack_of_one_colour_is_left_out(tmp_path, stack_file, capfd):
+    stack = load_captured(stack_file)
+    plain = type(stack)(**(vars(stack) | {"name": "plain", "frames": torch.full_like(stack.frames, 0.3)}))
+    result = adapt([stack, plain], None, tmp_path, QUICK, device=CPU, refine_steps=0)
+    assert list(result.after) == ["scene"]
+    assert "plain: every frame is of one colour" in capfd.readouterr().err
+    with pytest.raises(DataError, match="nothing to learn depth from"):
+        adapt([plain], None, tmp_path / "plain", QUICK, device=CPU, refine_steps=0)
+
+
+def test_resume_with_another_start_is_refused(tmp_path, stack_file):
+    adapt([load_captured(stack_file)], None, tmp_path, QUICK, device=CPU, refine_steps=0)
+    with pytest.raises(DataError, match="trained with refinement steps = '0', now '1'"):
+        adapt([load_captured(stack_file)], None, tmp_path, QUICK, device=CPU, refine_steps=1, resume=True)
+
+
 def test_two_frames_cannot_be_judged(tmp_path, stack_file):
     stack = load_captured(stack_file)
     while len(stack.frames) > 2:
@@ -536,6 +579,37 @@ def test_dry_run_prints_the_plan(tmp_path, stack_file):
     assert not (tmp_path / "run").exists()
 
 
+def test_config_replaces_what_it_sets_and_nothing_else(tmp_path, stack_file):
+    (tmp_path / "c.yaml").write_text("checkpoint_every: 100")
+    (tmp_path / "p.yaml").write_text("{preset: paper, batch: 2}")
+    plan = [stack_file, "-o", tmp_path / "run", "--dry-run", "--device", "cpu"]
+    assert run(*plan, "--config", tmp_path / "c.yaml").stdout == run(*plan).stdout
+    assert "steps      25000 of 2 crops of 256 px" in run(*plan, "--config", tmp_path / "p.yaml").stdout
+    for more in (["--preset", "default"], ["--preset", "default", "--init", "none"]):
+        assert "leave one of them out" in str(run(*plan, "--config", tmp_path / "p.yaml", *more).exception)
+    simulated = ["--recipe", "default", "-o", tmp_path / "run", "--dry-run", "--device", "cpu"]
+    assert "leave preset out" in str(run(*simulated, "--config", tmp_path / "p.yaml").exception)
+    assert f"{RECIPE.steps} of" in run(*simulated, "--config", tmp_path / "c.yaml").stdout
+
+
+def test_crops_must_fit_into_simulated_scenes(tmp_path):
+    with pytest.raises(UsageError, match="crop_px is 64, scene_px 48"):
+        SimulatedTask(TINY.model_copy(update={"crop_px": 64}), tmp_path)
+
+
+def test_output_that_is_a_file_is_one_sentence(tmp_path, stack_file):
+    (tmp_path / "run").write_text("")
+    for what in ([stack_file], ["--recipe", "default"]):
+        assert "choose another output folder" in str(run(*what, "-o", tmp_path / "run", "--device", "cpu").exception)
+
+
+def test_stacks_of_a_folder_are_found_below_it_but_hidden_ones(tmp_path, stack_file):
+    (tmp_path / "day" / "one").mkdir(parents=True)
+    (tmp_path / "day" / "one" / "a.h5").symlink_to(stack_file)
+    (tmp_path / "day" / "._a.h5").write_text("of macOS")
+    assert "data       1 stack(s)" in run(tmp_path / "day", "-o", tmp_path / "run", "--dry-run").stdout
+
+
 def test_few_stacks_are_learned_from_for_fewer_steps(tmp_path, stack_file):
     for name in "abc":
         (tmp_path / f"{name}.h5").symlink_to(stack_file)
@@ -564,11 +638,15 @@ def test_memory_grows_with_the_batch():
         ([], "name the stacks"),
         (["--recipe", "nonsense"], "default or refinement"),
         (["x.h5", "--recipe", "default"], "leave the captured ones out"),
-        (["--recipe", "refinement", "--device", "cuda"], "leave --preset, --init and --device out"),
-        (["--recipe", "refinement", "--preset", "paper"], "leave --preset, --init and --device out"),
+        (["--recipe", "refinement", "--device", "cuda"], "leave --device out"),
+        (["--recipe", "refinement", "--preset", "paper"], "leave --preset out"),
+        (["--recipe", "default", "--init", "w.safetensors", "--refine", "3"], "leave --init and --refine out"),
         (["x.h5", "--preset", "odd"], "default or paper"),
+        (["x.h5", "--preset", "paper", "--init", "w.safetensors"], "leave --init out"),
         (["x.h5", "--device", "cuda"], "no CUDA device"),
         (["x.h5", "--init", "missing.safetensors"], "missing"),
+        (["x.h5", "--init", "missing.safetensors", "--dry-run"], "missing"),
+        (["nothing.h5", "--dry-run"], "nothing.h5 does not exist"),
     ],
 )
 def test_bad_usage_is_one_sentence(tmp_path, arguments, says, stack_file):
