@@ -396,7 +396,7 @@ class ScenePool:
             partial.replace(path)
             return rendered
         try:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
                 return RenderedScene(**{name: stored[name] for name in stored.files})
         except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
             raise DataError(f"{path}: damaged ({error}); delete it, it is made anew") from None
