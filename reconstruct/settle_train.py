@@ -152,6 +152,9 @@ def read_closing(path: Path) -> tuple[Closing, Tensor]:
 
 def train_settling(recipe: SettleRecipe, run: Path, pool: Path) -> Path:
     """Train a new network; returns the weights file in `run`. Stacks that `pool` lacks are made first, on all cores."""
+    made = run / "settle.safetensors"
+    if made.exists() and load_weights(made, "settle")[1].get("recipe") != recipe.model_dump():
+        raise UsageError(f"{made} was made by another recipe; use another -o")
     torch.manual_seed(recipe.seed)
     net = SettlingNet(recipe.width, recipe.members)
     if recipe.midway:
@@ -174,8 +177,8 @@ def train_settling(recipe: SettleRecipe, run: Path, pool: Path) -> Path:
     learn = partial(learn_to_doubt, net, own, np.random.default_rng([recipe.seed, 7]), recipe)
     _once(learn, net.doubt, run / "parts" / "doubt.safetensors", about)
     about = {"preset": "settle", **about, "validation": validate(net, held_out)}
-    save_weights(run / "settle.safetensors", net.state_dict(), about)
-    return run / "settle.safetensors"
+    save_weights(made, net.state_dict(), about)
+    return made
 
 
 def learn_to_choose(member: nn.Module, own: Sequence[Ending], rng: np.random.Generator, recipe: SettleRecipe) -> None:

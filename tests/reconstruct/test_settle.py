@@ -276,7 +276,11 @@ def test_an_interrupted_run_goes_on_with_the_next_part(tmp_path, pool, monkeypat
     assert len(chosen) == TINY.members
     whole, again = (load_weights(path, "settle")[0] for path in (pool.parent / "run" / "settle.safetensors", resumed))
     assert all(torch.equal(x, again[name]) for name, x in whole.items())
-    train_settling(TINY.model_copy(update={"steps": 2}), tmp_path, pool)
+    another = TINY.model_copy(update={"steps": 2})
+    with pytest.raises(UsageError, match="made by another recipe; use another -o"):
+        train_settling(another, tmp_path, pool)
+    resumed.unlink()
+    train_settling(another, tmp_path, pool)
     assert len(chosen) == 2 * TINY.members
 
 
