@@ -421,7 +421,7 @@ class Session:
         take = self.folder.take(number)
         if take is None or take.status != "complete":
             return f"take {number} is not complete"
-        self._look_at(number, self.folder.stack(number))
+        self._look_at(number, self.folder.stored(number))
         self._reconstruct(number)
         self.changed()
         return None
@@ -433,12 +433,17 @@ class Session:
         picked = [take.number for take in takes if take is not None and take.status == "complete"]
         if not picked:
             return "pick at least one complete take"
-        others = [take.number for take in self.folder.record.takes if take.status == "complete"]
+        stacks = [self.folder.stored(number) for number in picked]
+        others = [
+            take.number
+            for take in self.folder.record.takes
+            if take.status == "complete" and self.folder.stack(take.number).exists()
+        ]
         self.looks = {key: look for key, look in self.looks.items() if key[0] == "take"}  # of this run only
         self.held_out = next((number for number in reversed(others) if number not in picked), picked[-1])
         run = self.folder.new_training()
         command = train_command(
-            [self.folder.stack(number) for number in picked],
+            stacks,
             run,
             init=str(self.folder.weights or self.weights),
             lens=self.lens_file,

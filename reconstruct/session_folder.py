@@ -10,6 +10,7 @@ DIR/training/01/        fine-tuning runs
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
 from pathlib import Path
@@ -108,14 +109,22 @@ class SessionFolder:
     def has_result(self, number: int) -> bool:
         return result.is_complete(self.result(number))
 
+    def stored(self, number: int) -> Path:
+        """The stack of take `number`; DataError if it is not there, as when it was moved to an archive."""
+        stack = self.stack(number)
+        if not stack.exists():
+            raise DataError(f"take {number}: its stack is not at {stack}; put it back there and try again")
+        return stack
+
     def take(self, number: int) -> Take | None:
         return next((take for take in self.record.takes if take.number == number), None)
 
     def begin(self, planned: int) -> Take:
-        """A new take with the next number."""
+        """A new take with the next number; one of which only the stack or the result is left here keeps its own."""
         with self.lock:
-            number = 1 + max((take.number for take in self.record.takes), default=0)
-            take = Take(number=number, status="capturing", started=_now(), planned=planned)
+            files = (file for name in ("takes", "results") for file in (self.path / name).iterdir())
+            used = {take.number for take in self.record.takes} | {number_of(file) or 0 for file in files}
+            take = Take(number=1 + max(used, default=0), status="capturing", started=_now(), planned=planned)
             self.record.takes.append(take)
             self.save()
             return take
@@ -148,7 +157,7 @@ class SessionFolder:
 
     def new_training(self) -> Path:
         """A folder that does not exist yet for a training run."""
-        used = [int(p.name) for p in (self.path / "training").iterdir() if p.name.isdigit()]
+        used = [int(p.name) for p in (self.path / "training").iterdir() if p.name.isdecimal()]
         return self.path / "training" / f"{1 + max(used, default=0):02d}"
 
     def save(self) -> None:
@@ -187,10 +196,10 @@ class SessionFolder:
             self._judge(take)
         known = {take.number for take in self.record.takes}
         for file in sorted((self.path / "takes").glob("*.h5*")):
-            name = file.name.removesuffix(".partial").removesuffix(".h5")
-            if file.suffix != ".lock" and name.isdigit() and int(name) not in known:
-                known.add(int(name))
-                take = Take(number=int(name), status="unfinished", started=_now(), planned=0)
+            number = number_of(file)
+            if number is not None and number not in known:
+                known.add(number)
+                take = Take(number=number, status="unfinished", started=_now(), planned=0)
                 self.record.takes.append(take)
                 self._judge(take)
         self.record.takes.sort(key=lambda take: take.number)
@@ -199,7 +208,10 @@ class SessionFolder:
         path = self.stack(take.number)
         file = path if path.exists() else partial_path(path)
         if not file.exists():
-            self.record.takes.remove(take)
+            if self.has_result(take.number):  # the stack is in an archive, what it gave is still here
+                take.status = "complete"
+            else:
+                self.record.takes.remove(take)
             return
         try:
             with FocalStack.open(file, allow_partial=True) as stack:
@@ -207,6 +219,12 @@ class SessionFolder:
                 take.status = "complete" if stack.complete else "unfinished"
         except DataError as error:
             take.status, take.problem = "unfinished", str(error)
+
+
+def number_of(file: Path) -> int | None:
+    """The take that `file` in takes/ or results/ belongs to by its name, 001.h5 or 001; None for anything else."""
+    found = re.fullmatch(r"([0-9]{3,6})(\.h5(\.partial)?)?", file.name)
+    return int(found[1]) or None if found else None
 
 
 def _now() -> str:

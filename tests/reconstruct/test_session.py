@@ -19,11 +19,13 @@ from capture.cameras.base import CameraInfo, Capabilities
 from capture.errors import DataError, LockedError, UsageError
 from capture.lens import Lens
 from capture.stack import FocalStack
+from reconstruct import result
 from reconstruct.session import Session, _message
 from reconstruct.session_folder import SessionFolder
 from reconstruct.session_plan import Wishes, plan_facts, sweep_for
 from reconstruct.session_work import Training, train_command
 from tests.reconstruct.session_server import Page, idle, session
+from tests.reconstruct.small_result import small_result
 
 CAMERA = "simulated:procedural-3?width=96&max_coc_px=10"
 LENS = Lens(focal_length_m=0.05, f_number=2.8, pixel_pitch_m=1.2e-5)
@@ -276,6 +278,32 @@ def test_takes_of_which_nothing_is_left_are_forgotten(tmp_path):
     again.close()
 
 
+@pytest.mark.parametrize("left", ["takes/007.h5", "takes/007.h5.partial", "results/007"])
+def test_a_number_is_never_given_twice(tmp_path, left):
+    """An archived stack leaves its result behind, and the other way round."""
+    folder = SessionFolder(tmp_path, CAMERA)
+    (tmp_path / left).mkdir()
+    assert folder.begin(5).number == 8
+    folder.close()
+
+
+def test_a_take_whose_stack_is_in_an_archive_keeps_its_result_and_note(tmp_path):
+    folder = SessionFolder(tmp_path, CAMERA)
+    number = folder.begin(4).number
+    folder.update(number, status="complete", frames=4, note="left lamp off")
+    folder.close()
+    result.save(small_result("001"), tmp_path / "results")
+    again = SessionFolder(tmp_path, CAMERA)
+    take = again.take(1)
+    assert (take.status, take.frames, take.note) == ("complete", 4, "left lamp off")
+    session = Session(again, camera=None)
+    for message in ({"do": "reconstruct", "take": 1}, {"do": "train", "takes": [1]}):
+        said = session.obey(_message.validate_json(json.dumps(message)))
+        assert said == f"take 1: its stack is not at {tmp_path / 'takes/001.h5'}; put it back there and try again"
+    assert again.begin(4).number == 2
+    again.close()
+
+
 def test_a_file_cannot_be_a_session(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="choose another -o"):
@@ -328,10 +356,10 @@ def test_a_stopped_training_ends_and_offers_nothing(tmp_path):
 
 
 def test_a_failed_training_says_the_command_line_s_sentence(tmp_path):
-    command = train_command([tmp_path / "none.h5"], tmp_path / "01", init="default", lens=None, device="nonsense")
+    command = train_command([tmp_path / "none.h5"], tmp_path / "01", init="default", lens=None, device="cpu")
     training = Training(command, [1], tmp_path / "01", lambda training: None)
     assert wait_for(training) == "failed"
-    assert "nonsense" in training.problem and not training.problem.startswith("daif:")
+    assert "none.h5 does not exist" in training.problem and not training.problem.startswith("daif:")
 
 
 def test_accepted_weights_are_used_for_what_follows(tmp_path):
