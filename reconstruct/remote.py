@@ -144,15 +144,24 @@ def prepare_output(out: str) -> None:
 
 @contextlib.contextmanager
 def output_folder(out: str) -> Iterator[Path]:
-    """A local folder to write results into; for a URL they are uploaded at the end, the record last."""
+    """A local folder to write results into; for a URL they are uploaded at the end.
+
+    The record, which makes a result complete, goes up last; that of a result to be replaced goes first, so that no
+    mixture of the two ever counts as complete.
+    """
     if not is_url(out):
         yield Path(out)
         return
     with tempfile.TemporaryDirectory(prefix="daif-") as scratch:
         yield Path(scratch)
-        written = sorted(Path(scratch).rglob("*"), key=lambda file: file.name == result.RECORD)
+        written = sorted(
+            (file for file in Path(scratch).rglob("*") if file.is_file()), key=lambda file: file.name == result.RECORD
+        )
         with _reaching(out) as (files, path):
-            for file in (file for file in written if file.is_file()):
-                target = f"{path}/{file.relative_to(scratch).as_posix()}"
+            targets = {file: f"{path}/{file.relative_to(scratch).as_posix()}" for file in written}
+            for file, target in targets.items():
+                if file.name == result.RECORD and files.exists(target):
+                    files.rm_file(target)
+            for file, target in targets.items():
                 files.makedirs(target.rpartition("/")[0], exist_ok=True)
                 files.put_file(str(file), target)

@@ -109,6 +109,41 @@ def test_from_a_bucket_to_a_bucket(bucket, tmp_path, capsys):
     assert {outcome.status for outcome in batch.run(again, job)} == {"skipped"}
 
 
+class CutOff:
+    """A file system whose connection ends when depth.npy goes up."""
+
+    def __init__(self, files):
+        self.files = files
+
+    def __getattr__(self, name):
+        return getattr(self.files, name)
+
+    def put_file(self, local, target):
+        if target.endswith("depth.npy"):
+            raise ConnectionResetError("cut off")
+        self.files.put_file(local, target)
+
+
+def test_a_replacement_cut_short_does_not_count_as_complete(bucket, monkeypatch):
+    out, (files, path) = f"{bucket}/replaced", fsspec.core.url_to_fs(f"{bucket}/replaced")
+
+    def write(words):
+        with remote.output_folder(out) as folder:
+            (folder / "one").mkdir()
+            for name in ("aif.png", "depth.npy", "reconstruction.json"):
+                (folder / "one" / name).write_text(json.dumps({"from": words}))
+
+    write("first")
+    assert remote.is_complete(out, "one")
+    with monkeypatch.context() as patch:
+        patch.setattr(fsspec.core, "url_to_fs", lambda url: (CutOff(files), path))
+        with pytest.raises(UsageError, match="cut off"):
+            write("second")
+    assert not remote.is_complete(out, "one")
+    write("third")
+    assert remote.is_complete(out, "one") and remote.read_record(out, "one")["from"] == "third"
+
+
 def test_watches_a_bucket(bucket, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(batch, "SETTLED_S", 0.3)
     monkeypatch.setattr(batch, "POLL_S", 0.1)
