@@ -79,7 +79,8 @@ def render_report(
         "cloud": _cloud(result),
         "record": result.record,
     }
-    text = json.dumps(json_ready(payload), separators=(",", ":")).replace("</", "<\\/")
+    # no "<" in it: "</script>" would end the script that it stands in, "<!--<script>" would swallow the page's own
+    text = json.dumps(json_ready(payload), separators=(",", ":")).replace("<", "\\u003c")
     page = resources.files("reconstruct").joinpath("pages/report.html").read_text(encoding="utf-8")
     return page.replace("/*DATA*/", text)
 

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+import sys
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -24,17 +27,27 @@ from capture.errors import DataError, UsageError
 from reconstruct import export, report, result, web
 
 
-def viewer_app(out: Path) -> Starlette:
-    """The application, without its guard, over the results that are in `out` at the time of each request."""
+def viewer_app(out: Path, first: str | None = None) -> Starlette:
+    """The application, without its guard, over the results that are in `out` at the time of each request.
+
+    `first` is the name of the result that the page opens with; None leaves it to the page.
+    """
+    told: set[str] = set()
 
     async def page(request: Request) -> Response:
         return HTMLResponse(resources.files("reconstruct").joinpath("pages/view.html").read_text(encoding="utf-8"))
 
     async def listing(request: Request) -> Response:
-        return JSONResponse([_summary(folder) for folder in finished(out)])
+        entries, problems = summaries(out)
+        for problem in problems:
+            if problem not in told:
+                print(f"daif: {problem}", file=sys.stderr, flush=True)
+        told.update(problems)
+        return JSONResponse([entry | {"first": entry["name"] == first} for entry in entries])
 
     async def one_file(request: Request) -> Response:
-        path = web.file_below(out, request.path_params["path"])
+        name, _, inside = request.path_params["path"].partition("/")
+        path = web.file_below(out / name, inside) if name not in ("", ".", "..") and _is_finished(out / name) else None
         if path is None:
             return web.not_found()
         # a report is complete in itself; the policy in its own head is stricter than the server's
@@ -63,10 +76,29 @@ def viewer_app(out: Path) -> Starlette:
 
 
 def finished(out: Path) -> list[Path]:
-    """Complete reconstructions in `out`, by name; `out` itself may be one."""
-    if result.is_complete(out):
-        return [out]
-    return sorted(folder for folder in out.iterdir() if folder.is_dir() and result.is_complete(folder))
+    """Complete reconstructions in `out`, by name; none where `out` cannot be read."""
+    try:
+        return sorted(folder for folder in out.iterdir() if _is_finished(folder))
+    except OSError:
+        return []
+
+
+def _is_finished(folder: Path) -> bool:
+    try:
+        return result.is_complete(folder)
+    except OSError:  # no leave to look into it, or a name longer than names can be
+        return False
+
+
+def summaries(out: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """What the page lists of every result in `out`, and a sentence on every folder that it has to leave out."""
+    entries, problems = [], []
+    for folder in finished(out):
+        try:
+            entries.append(_summary(folder))
+        except DataError as error:
+            problems.append(str(error))
+    return entries, problems
 
 
 def compare(left: Path, right: Path, what: str) -> dict[str, str]:
@@ -99,22 +131,43 @@ def _pictures(images: list[NDArray[np.uint8]], words: str) -> dict[str, str]:
     return {"left": urls[0], "right": urls[1], "words": words}
 
 
-def _summary(folder: Path) -> dict[str, object]:
-    record = json.loads((folder / result.RECORD).read_text(encoding="utf-8"))
-    return {
-        "name": folder.name,
-        "metric": record["metric"],
-        "method": record["method"]["name"],
-        "frames": len(record["optics"]["focus_dpt"]),
-        "seconds": record["summary"]["seconds"],
-    }
+def _summary(folder: Path) -> dict[str, Any]:
+    """Raises DataError where the page could not show it."""
+    try:
+        folder.name.encode()
+    except UnicodeEncodeError:
+        name = os.fsencode(folder.name)
+        raise DataError(f"{folder.parent}/ has {name!r}, left out: its name is not UTF-8; rename it") from None
+    try:
+        record = json.loads((folder / result.RECORD).read_text(encoding="utf-8"))
+        summary = {
+            "name": folder.name,
+            "metric": bool(record["metric"]),
+            "method": record["method"]["name"],
+            "frames": len(record["optics"]["focus_dpt"]),
+        }
+        json.dumps(summary, ensure_ascii=False, allow_nan=False).encode()  # as it is sent
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise DataError(
+            f"{folder} is left out: its {result.RECORD} is not the record of a reconstruction ({reason}); "
+            "reconstruct the stack again, or move the folder away"
+        ) from None
+    return summary
 
 
 def run(out: Path, host: str, port: int) -> None:
     """Serve `out` until interrupted; prints the one URL to open. Raises UsageError or DataError."""
     if not out.is_dir():
         raise UsageError(f"{out} is not a folder; give the one that `daif reconstruct -o` wrote")
-    root = out.parent if result.is_complete(out) else out
-    if not finished(root):
-        raise DataError(f"{out} holds no finished reconstruction; run `daif reconstruct ... -o {out}` first")
-    web.serve(viewer_app(root), host, port, lambda url: print(f"open {url}   (Ctrl-C ends it)", flush=True))
+    folder = out.resolve()
+    one = folder if result.is_complete(folder) else None
+    root = folder if one is None else folder.parent
+    if one is not None:
+        _summary(one)
+    entries, problems = summaries(root)
+    if not entries:
+        reason = problems[0] if problems else f"run `daif reconstruct ... -o {out}` first"
+        raise DataError(f"{out} holds no finished reconstruction; {reason}")
+    app = viewer_app(root, None if one is None else one.name)
+    web.serve(app, host, port, lambda url: print(f"open {url}   (Ctrl-C ends it)", flush=True))

@@ -48,7 +48,7 @@ class Guard:
         headers = Headers(scope=scope)
         host = headers.get("host", "")
         origin = headers.get("origin")
-        if host.rsplit(":", 1)[0] not in self.hosts or (origin is not None and urlsplit(origin).netloc != host):
+        if host.rsplit(":", 1)[0] not in self.hosts or (origin is not None and _place(origin) != host):
             await _refuse(scope, receive, send, 403, "this page may not talk to daif")
             return
         cookie_name = f"daif-{host.rsplit(':', 1)[-1]}"
@@ -83,6 +83,14 @@ class Guard:
         return secrets.compare_digest(offered.encode("utf-8", "replace"), self.token.encode())
 
 
+def _place(origin: str) -> str | None:
+    """Host and port of an Origin, None if it is not one."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None
+
+
 def _query_token(scope: Scope) -> str:
     return parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
 
@@ -100,9 +108,9 @@ def file_below(root: Path, relative: str) -> Path | None:
     """The file `relative` inside `root`, or None if it does not exist or lies outside (`..`, links)."""
     try:
         path = (root / relative).resolve()
-    except (OSError, ValueError):
+        return path if path.is_relative_to(root.resolve()) and path.is_file() else None
+    except (OSError, ValueError):  # a name longer than names can be, a NUL in it
         return None
-    return path if path.is_relative_to(root.resolve()) and path.is_file() else None
 
 
 def not_found(what: str = "there is no such file") -> Response:
@@ -117,13 +125,19 @@ def serve(app: ASGIApp, host: str, port: int, ready: Callable[[str], None]) -> N
     """
     import uvicorn
 
+    if not host.strip():
+        raise UsageError(f"--host is {host!r}, which would listen to everybody; leave it out for this machine alone")
+    if not 0 <= port <= 65535:
+        raise UsageError(f"--port is {port}; it must be 0 to 65535, where 0 picks a free one")
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
         listener.listen(128)  # before the URL is out: whoever opens it early waits instead of being refused
-    except OSError as error:
-        raise UsageError(f"cannot listen on {host}:{port} ({error.strerror}); choose another --port") from None
+    except (OSError, UnicodeError) as error:  # the second: a host name that cannot be one
+        listener.close()
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"cannot listen on {host}:{port} ({reason}); choose another --host or --port") from None
     token = secrets.token_urlsafe(24)
     hosts = LOOPBACK if host == "127.0.0.1" else (*LOOPBACK, host, socket.gethostname())
     ready(f"http://{host}:{listener.getsockname()[1]}/?token={token}")

@@ -108,8 +108,10 @@ def test_an_unfinished_folder_is_named(tmp_path):
         result.load(tmp_path)
 
 
-def test_report_escapes_what_could_end_its_script():
-    answer = small_result(name="</script><script>alert(1)</script>")
-    page = report.render_report(answer, [])
-    assert "</script><script>alert" not in page
-    assert page.count("</script>") == 2
+@pytest.mark.parametrize("name", ["</script><script>alert(1)</script>", "<!--<script>", "<!--<SCRIPT "])
+def test_report_escapes_what_could_end_its_script_or_swallow_the_next(name):
+    page = report.render_report(small_result(name=name), [])
+    assert name not in page
+    assert page.count("</script>") == 2 and page.lower().count("<script") == 2
+    data = page.partition('id="data">')[2].partition("</script>")[0]
+    assert "<" not in data and json.loads(data)["title"] == name

@@ -24,7 +24,7 @@ def out(tmp_path_factory) -> Path:
         for name, max_coc_px in (("fine", 40.0), ("coarse", 6.0)):
             answer = infer.reconstruct(opened, infer.Settings(device="cpu", max_coc_px=max_coc_px), overview=overview)
             answer.name = name
-            answer.record["warnings"] = ["</script><script>document.title = 'broken'</script>"]
+            answer.record["warnings"] = ["</script><script>document.title = 'broken'</script>", "<!--<script>"]
             result.save(answer, folder, report_html=report.render_report(answer, job._thumbnails(opened, overview)))
     return folder
 
@@ -84,3 +84,12 @@ def test_two_results_are_compared_with_a_wipe(browser, out, artefacts):
             page.select_option("#map", what)
             shown.wait(f"$('words').textContent.includes('{'all-in' if what == 'aif' else 'sure'}')")
         shown.asked_only(url.partition("?")[0], "about:")
+
+
+def test_the_result_that_was_asked_for_is_shown_first(browser, out, artefacts):
+    with viewer(out / "fine") as url, real.screen(browser, url, artefacts) as shown:
+        shown.wait("$('list').children.length === 2")
+        inner = shown.page.frame_locator("#report")
+        inner.locator("#focus-value:not(:empty)").wait_for(timeout=60_000)
+        assert inner.locator("#title").inner_text() == "fine"
+        assert [shown.page.input_value(side) for side in ("#left", "#right")] == ["fine", "coarse"]
