@@ -23,6 +23,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from starlette.applications import Starlette
+from starlette.convertors import IntegerConvertor, register_url_convertor
 from starlette.requests import Request
 from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.routing import Route, WebSocketRoute
@@ -119,6 +120,27 @@ class Train(Message):
 
 AnyMessage = Annotated[Seen | Focus | Mark | Plan | Plain | OfTake | Note | Train, Field(discriminator="do")]
 _message: TypeAdapter[Any] = TypeAdapter(AnyMessage)
+
+NAMES = {
+    "metres": "the distance in metres",
+    "count": "the number of frames",
+    "f_number": "the f-number",
+    "take": "the number of the take",
+    "text": "the note",
+    "takes": "the list of ticked takes",
+    "by": "the share of the lens's travel",
+    "to": "the position of the lens",
+}
+
+
+def complaint(error: ValidationError) -> str | None:
+    """What is wrong with a value that somebody has typed, in one sentence; None for what no page of ours sends."""
+    first = error.errors(include_url=False)[0]
+    name = NAMES.get(str(first["loc"][1])) if len(first["loc"]) > 1 else None
+    if name is None:
+        return None
+    found = f", not {first['input']:g}" if isinstance(first["input"], int | float) else ""
+    return re.sub(r"^\w+ should", f"{name} should", first["msg"]).replace(" after validation", "") + found
 
 
 class Client:
@@ -324,6 +346,8 @@ class Session:
             return self._obey(message)
         except DaifError as error:
             return str(error)
+        except OSError as error:
+            return str(self.folder.unusable(error))
 
     def _obey(self, message: Any) -> str | None:
         match message:
@@ -390,7 +414,8 @@ class Session:
     def _sweep(self) -> str | None:
         info = self.camera.info
         if info is None or self.camera.state != "idle":
-            return "a sweep is running already" if self.camera.sweep else "no camera is connected"
+            running = self.camera.state in ("starting", "sweeping")
+            return "a sweep is running already" if running else "no camera is connected"
         sweep = sweep_for(self.wishes, info, self._optic())
         if sweep is None:
             return "mark the near and the far end of the scene first"
@@ -591,9 +616,12 @@ class Session:
         return self.at_work.get(FullJob) or self.at_work.get(LookJob) or nothing
 
     def _disk_facts(self) -> dict[str, Any]:
-        free = shutil.disk_usage(self.folder.path).free
+        try:
+            free = shutil.disk_usage(self.folder.path).free
+        except OSError as error:
+            return {"free": None, "low": False, "problem": str(self.folder.unusable(error))}
         plan_bytes = self._plan_cache[1].get("bytes") if self._plan_cache[1] else None
-        return {"free": free, "low": free < max(DISK_LOW_BYTES, 3 * (plan_bytes or 0))}
+        return {"free": free, "low": free < max(DISK_LOW_BYTES, 3 * (plan_bytes or 0)), "problem": self.folder.problem}
 
     # --- the connection
 
@@ -626,7 +654,10 @@ class Session:
             if text is None or len(text) > MAX_MESSAGE_BYTES:
                 raise ValueError
             message = _message.validate_json(text)
-        except (ValidationError, ValueError):
+        except ValueError as error:
+            if isinstance(error, ValidationError):
+                client.reply = complaint(error) or client.reply
+                client.wake.set()
             client.malformed += 1
             return client.malformed <= MALFORMED_ALLOWED
         if isinstance(message, Seen):
@@ -691,14 +722,23 @@ async def _soon(find: Callable[[], Found | None]) -> Found | None:
     return None
 
 
+class _TakeNumber(IntegerConvertor):
+    """A take or a frame in an address, of as many digits as a number may have."""
+
+    regex = "[0-9]{1,7}"
+
+
+register_url_convertor("number", _TakeNumber())
+
+
 def session_app(session: Session) -> Starlette:
     """The application, without its guard."""
     return Starlette(
         routes=[
             Route("/", session.page),
             WebSocketRoute("/live", session.connection),
-            Route("/frames/{take:int}/{index:int}.jpg", session.frame),
-            Route("/looks/{purpose}/{take:int}/{what}.jpg", session.look),
+            Route("/frames/{take:number}/{index:number}.jpg", session.frame),
+            Route("/looks/{purpose}/{take:number}/{what}.jpg", session.look),
             Route("/results/{path:path}", session.result_file),
         ],
         lifespan=session.running,
@@ -726,12 +766,17 @@ def run(
         from reconstruct.device import pick_device
 
         pick_device(device)
+    if weights != "default":  # likewise; the first take is too late to hear of a missing file
+        from reconstruct.checkpoint import load_weights
+
+        load_weights(weights)
     optic = read_lens(lens) if lens else None
     if method not in ("network", "plane-sweep"):
         raise UsageError(f"--method is {method!r}; it must be network or plane-sweep")
     camera = open_camera(camera_uri, manual_focus=manual_focus)
+    folder = SessionFolder(out, camera_uri)
     session = Session(
-        SessionFolder(out, camera_uri),
+        folder,
         camera,
         optic=optic,
         lens_file=Path(lens) if isinstance(optic, LensProfile) and lens else None,
@@ -748,7 +793,8 @@ def run(
         if browser:
             webbrowser.open(url)
 
-    web.serve(session_app(session), host, port, ready)
+    with contextlib.closing(folder):
+        web.serve(session_app(session), host, port, ready)
 
 
 def _is_low(battery: str) -> bool:

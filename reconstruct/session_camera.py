@@ -32,7 +32,7 @@ from capture.cameras.base import (
     UnsupportedControl,
 )
 from capture.decode import to_linear, to_srgb8
-from capture.errors import DaifError
+from capture.errors import DaifError, NoSpaceError
 from capture.plan import FocusSweep, Optic
 from capture.stack import partial_path
 from capture.sweep import StopRequest, SweepInterrupted, SweepOptions, SweepProgress, run_sweep
@@ -149,14 +149,14 @@ class CameraThread:
 
     def take(self, sweep: FocusSweep, optic: Optic | None, f_number: float | None) -> bool:
         """Begin a new take; False while another is under way."""
-        return self._sweep_soon(lambda: self._sweep(self.folder.begin(len(sweep)).number, sweep, optic, f_number))
+        return self._sweep_soon(lambda: self._sweep(None, sweep, optic, f_number))
 
     def resume(self, number: int, sweep: FocusSweep, optic: Optic | None, f_number: float | None) -> bool:
         """Continue an unfinished take."""
         return self._sweep_soon(lambda: self._sweep(number, sweep, optic, f_number, resume=True))
 
     def stop(self) -> None:
-        """Stop the sweep after the frame in hand."""
+        """Stop the sweep after the frame in hand, or before its first one."""
         if self._stop is not None:
             self._stop.request()
             self._answered.set()
@@ -177,8 +177,13 @@ class CameraThread:
     def _sweep_soon(self, command: Callable[[], None]) -> bool:
         if self.state != "idle":
             return False
+        self._stop = StopRequest()  # already now: who presses Stop does not wait for the camera's thread
         self._set(state="starting")
-        return self._post(command)
+        posted = self._post(command)
+        if not posted:
+            self._stop = None
+            self._set(state="idle")
+        return posted
 
     def _set(self, **values: Any) -> None:
         for name, value in values.items():
@@ -216,7 +221,7 @@ class CameraThread:
     def _failed(self, text: str) -> None:
         self.folder.log(f"camera: {text}")
         self.camera.let_go()
-        self._wanted = None
+        self._wanted, self._stop = None, None
         self._set(state="gone", problem=text, info=None, live=False, sweep=None, question=None)
 
     def _connect(self) -> None:
@@ -270,13 +275,30 @@ class CameraThread:
     # --- sweeps
 
     def _sweep(
-        self, number: int, sweep: FocusSweep, optic: Optic | None, f_number: float | None, *, resume: bool = False
+        self,
+        number: int | None,
+        sweep: FocusSweep,
+        optic: Optic | None,
+        f_number: float | None,
+        *,
+        resume: bool = False,
     ) -> None:
+        """Take `number`, None for a new one, as `_sweep_soon` has accepted it."""
+        stop = self._stop
+        if stop is None:  # the camera was lost meanwhile
+            return
+        if stop or self._quit.is_set():
+            self._stop = None
+            self._set(state="idle")
+            return
+        try:
+            number = self.folder.begin(len(sweep)).number if number is None else number
+        except DaifError as error:
+            self._stop = None
+            self._set(state="idle", problem=str(error))
+            return
         exposure = self.options.exposure if f_number is None else replace(self.options.exposure, f_number=f_number)
         begun = time.monotonic()
-        self._stop = StopRequest()
-        if self._quit.is_set():
-            self._stop.request()
         self.folder.update(number, status="capturing", problem="")
         self.folder.log(f"take {number:03d}: {'resumed' if resume else 'started'}, {len(sweep)} frames")
         self._set(state="sweeping", problem=None, sweep=SweepView(number, len(sweep)))
@@ -289,14 +311,18 @@ class CameraThread:
                 lens=optic,
                 options=replace(self.options, exposure=exposure),
                 resume=resume,
-                stop=self._stop,
+                stop=stop,
                 on_progress=lambda progress: self._progress(number, progress),
                 prompt=self._ask,
             )
         except SweepInterrupted:
             problem = "stopped"
+        except NoSpaceError:
+            problem = "the disk is full: free some space"
         except DaifError as error:
             problem = sentence(error)
+        except OSError as error:
+            problem = str(self.folder.unusable(error))
         except Exception as error:
             logger.exception("sweep")
             problem = f"this is a bug in daif: {type(error).__name__}: {error}"

@@ -9,6 +9,8 @@ DIR/training/01/        fine-tuning runs
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import re
 import threading
@@ -18,7 +20,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from capture.errors import DataError, UsageError
+from capture.errors import DaifError, DataError, NoSpaceError, UsageError
 from capture.lease import Lease
 from capture.stack import FocalStack, partial_path
 from reconstruct import result
@@ -60,6 +62,9 @@ class SessionRecord(BaseModel):
 class SessionFolder:
     """The session in `path`, held by this process alone; safe to use from several threads.
 
+    A disk that fills up or is unplugged later does not end it: it goes on in memory, and `problem` is a sentence on
+    what is not on disk.
+
     Raises UsageError if `path` cannot be written, LockedError if another process has it open, DataError if its
     `session.json` is damaged.
     """
@@ -67,24 +72,32 @@ class SessionFolder:
     def __init__(self, path: Path, camera: str) -> None:
         self.path = path
         self.lock = threading.RLock()
+        self.problem: str | None = None
         try:
             for name in ("takes", "results", "training"):
                 (path / name).mkdir(parents=True, exist_ok=True)
+            self._lease = Lease(self._file)
+            try:
+                self.record = self._read(camera)
+                self._look_at_takes()
+                self._write()
+            except BaseException:
+                self._lease.release()
+                raise
         except OSError as error:
             raise UsageError(
                 f"{path} cannot be used as the session's folder ({error.strerror}); choose another -o"
             ) from None
-        self._lease = Lease(self._file)
-        try:
-            self.record = self._read(camera)
-            self._look_at_takes()
-            self.save()
-        except BaseException:
-            self._lease.release()
-            raise
 
     def close(self) -> None:
-        self._lease.release()
+        with contextlib.suppress(OSError):  # the lock falls with the process
+            self._lease.release()
+
+    def unusable(self, error: OSError) -> DaifError:
+        """The one sentence about a disk that takes no more, or is there no more."""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return NoSpaceError(f"the disk of {self.path} is full; free some space and try again")
+        return UsageError(f"{self.path} cannot be used ({error.strerror}); see to its disk and try again")
 
     @property
     def _file(self) -> Path:
@@ -122,7 +135,10 @@ class SessionFolder:
     def begin(self, planned: int) -> Take:
         """A new take with the next number; one of which only the stack or the result is left here keeps its own."""
         with self.lock:
-            files = (file for name in ("takes", "results") for file in (self.path / name).iterdir())
+            try:
+                files = [file for name in ("takes", "results") for file in (self.path / name).iterdir()]
+            except OSError as error:
+                raise self.unusable(error) from None
             used = {take.number for take in self.record.takes} | {number_of(file) or 0 for file in files}
             take = Take(number=1 + max(used, default=0), status="capturing", started=_now(), planned=planned)
             self.record.takes.append(take)
@@ -161,18 +177,29 @@ class SessionFolder:
         return self.path / "training" / f"{1 + max(used, default=0):02d}"
 
     def save(self) -> None:
-        """Write `session.json` whole or not at all."""
+        """Write `session.json`; where that fails, `problem` says so, and the next change tries again."""
         with self.lock:
-            partial = self._file.with_name(".session.json.partial")
-            with partial.open("w", encoding="utf-8") as file:
-                file.write(self.record.model_dump_json(indent=1) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(self._file)
+            try:
+                self._write()
+                self.problem = None
+            except OSError as error:
+                self.problem = (
+                    f"{self._file} cannot be written ({error.strerror}), and without it this session cannot be opened "
+                    "again as it is now: see to its disk, then change any note or mark to write it"
+                )
+
+    def _write(self) -> None:
+        """`session.json`, whole or not at all."""
+        partial = self._file.with_name(".session.json.partial")
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(self.record.model_dump_json(indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(self._file)
 
     def log(self, sentence: str) -> None:
-        """Add a line to `session.log`."""
-        with self.lock, (self.path / "session.log").open("a", encoding="utf-8") as file:
+        """Add a line to `session.log`, if it takes one: no sweep ends for want of a line."""
+        with contextlib.suppress(OSError), self.lock, (self.path / "session.log").open("a", encoding="utf-8") as file:
             file.write(f"{_now()} {sentence}\n")
 
     def _read(self, camera: str) -> SessionRecord:
@@ -180,6 +207,10 @@ class SessionFolder:
             return SessionRecord(created=_now(), camera=camera)
         try:
             record = SessionRecord.model_validate_json(self._file.read_bytes())
+        except OSError as error:
+            raise DataError(
+                f"{self._file}: cannot be read ({error.strerror}); move it away (takes and results stay)"
+            ) from None
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             where = ".".join(map(str, first["loc"]))

@@ -7,6 +7,7 @@ full reconstruction. `Training` runs `daif train` and hands on what it prints. N
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import multiprocessing
 import os
@@ -220,8 +221,12 @@ def _serve(pipe: Connection, device_name: str, nice: int) -> None:
                 content = _look(job, networks, device) if isinstance(job, LookJob) else _full(job, pipe)
             except DaifError as error:
                 pipe.send(News("failed", job, str(error)))
-            except Exception as error:  # the session goes on; the sentence says that it is our fault
-                pipe.send(News("failed", job, f"this is a bug in daif: {type(error).__name__}: {error}"))
+            except Exception as error:  # the session goes on
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    sentence = "the disk is full; free some space, then press Reconstruct"
+                else:
+                    sentence = f"this is a bug in daif: {type(error).__name__}: {error}"
+                pipe.send(News("failed", job, sentence))
             else:
                 pipe.send(News("look" if isinstance(job, LookJob) else "full", job, content=content))
     except (EOFError, OSError):

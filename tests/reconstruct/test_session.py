@@ -1,6 +1,7 @@
 """`daif session` without a browser: a real server process with the simulated camera."""
 
 import asyncio
+import errno
 import json
 import random
 import re
@@ -11,16 +12,18 @@ import time
 import httpx
 import psutil
 import pytest
+from pydantic import ValidationError
 from websockets.asyncio.client import connect as connect_async
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
+from capture.cameras import open_camera
 from capture.cameras.base import CameraInfo, Capabilities
-from capture.errors import DataError, LockedError, UsageError
+from capture.errors import DataError, LockedError, NoSpaceError, UsageError
 from capture.lens import Lens
-from capture.stack import FocalStack
-from reconstruct import result
-from reconstruct.session import Session, _message
+from capture.stack import FocalStack, partial_path
+from reconstruct import result, session_camera, web
+from reconstruct.session import Session, _message, complaint, run
 from reconstruct.session_folder import SessionFolder
 from reconstruct.session_plan import Wishes, plan_facts, sweep_for
 from reconstruct.session_work import Training, train_command
@@ -83,6 +86,27 @@ def test_paths_out_of_the_results_do_not_exist(server):
         "001/../../session.json",
     ):
         assert server.http.get("/results/" + path).status_code == 404
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["results/" + "a" * 300, "results/%00", f"frames/{'9' * 5000}/1.jpg", f"looks/take/{'9' * 5000}/depth.jpg"],
+    ids=lambda path: path[:12],
+)
+def test_an_address_that_cannot_be_is_not_found(server, path):
+    assert server.http.get("/" + path).status_code == 404
+
+
+def test_an_origin_that_is_none_is_refused(server):
+    assert httpx.get(server.base + "/", headers={"Origin": "http://[::1"}).status_code == 403
+
+
+def test_a_value_that_cannot_be_is_answered_with_one_sentence(server):
+    with server.page() as connection:
+        page = Page(connection)
+        page.until(idle)
+        page.say(do="mark", which="near", metres=0.0005)
+        assert page.answer() == "the distance in metres should be greater than or equal to 0.001, not 0.0005"
 
 
 def test_the_page_asks_nobody_else(server):
@@ -259,6 +283,129 @@ def test_a_motor_without_calibration_is_swept_in_its_own_steps():
 def test_malformed_messages_are_refused(text):
     with pytest.raises(ValueError):
         _message.validate_json(text)
+
+
+@pytest.mark.parametrize(
+    ("message", "sentence"),
+    [
+        ({"do": "plan", "count": 1}, "the number of frames should be greater than or equal to 2, not 1"),
+        ({"do": "plan", "f_number": 0.3}, "the f-number should be greater than or equal to 0.5, not 0.3"),
+        ({"do": "plan", "count": "7"}, "the number of frames should be a valid integer"),
+        ({"do": "note", "take": 1, "text": "x" * 501}, "the note should have at most 500 characters"),
+        ({"do": "train", "takes": [1] * 201}, "the list of ticked takes should have at most 200 items, not 201"),
+        ({"do": "train", "takes": [0]}, "the list of ticked takes should be greater than or equal to 1, not 0"),
+        ({"do": "dance"}, None),
+        ({"do": "sweep", "now": True}, None),
+    ],
+)
+def test_what_is_said_of_a_wrong_value(message, sentence):
+    with pytest.raises(ValidationError) as wrong:
+        _message.validate_json(json.dumps(message))
+    assert complaint(wrong.value) == sentence
+
+
+def test_weights_that_do_not_exist_are_named_before_the_first_take(tmp_path, monkeypatch):
+    monkeypatch.setattr(web, "serve", lambda *where: pytest.fail("the session has begun"))
+    with pytest.raises(DataError, match=r"nope\.json: missing"):
+        run(CAMERA, tmp_path / "out", lens=None, method="network", weights=str(tmp_path / "nope.safetensors"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_session_that_cannot_listen_leaves_its_folder_unlocked(tmp_path):
+    with pytest.raises(UsageError, match="--port is 99999"):
+        run(CAMERA, tmp_path, lens=None, method="plane-sweep", port=99999)
+    assert not (tmp_path / "session.json.lock").exists()
+
+
+# --- the camera's thread, step by step
+
+
+@pytest.fixture
+def by_hand(tmp_path):
+    """A session with marks and a connected camera whose commands `step` carries out."""
+    folder = SessionFolder(tmp_path / "studio", CAMERA)
+    session = Session(folder, open_camera(CAMERA), method="plane-sweep")
+    session.camera._connect()
+    limits = session.camera.limits
+    folder.wish(near=0.96 * limits.near + 0.04 * limits.far, far=0.04 * limits.near + 0.96 * limits.far, count=3)
+    yield session
+    session.camera.camera.let_go()
+    folder.close()
+
+
+def step(session):
+    session.camera._commands.get_nowait()()
+
+
+def say(session, **message):
+    return session.obey(_message.validate_json(json.dumps(message)))
+
+
+def test_a_sweep_can_be_stopped_before_it_has_begun(by_hand):
+    assert say(by_hand, do="sweep") is None and by_hand.camera.state == "starting"
+    assert say(by_hand, do="sweep") == "a sweep is running already"
+    assert say(by_hand, do="stop") is None
+    step(by_hand)
+    assert by_hand.camera.state == "idle" and by_hand.folder.record.takes == []
+    assert say(by_hand, do="sweep") is None  # and the next one is not stopped with it
+    step(by_hand)
+    assert [(take.number, take.status) for take in by_hand.folder.record.takes] == [(1, "complete")]
+
+
+@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), NoSpaceError("full")])
+def test_a_full_disk_in_mid_sweep_is_one_sentence(by_hand, monkeypatch, failure):
+    def fill(camera, sweep, path, **options):
+        partial_path(path).write_bytes(b"")
+        raise failure
+
+    monkeypatch.setattr(session_camera, "run_sweep", fill)
+    say(by_hand, do="sweep")
+    step(by_hand)
+    take = by_hand.folder.take(1)
+    assert take.status == "unfinished" and by_hand.camera.state == "idle"
+    assert re.match(r"the disk (of .* )?is full[;:] free some space", take.problem) and "bug" not in take.problem
+
+
+def test_a_session_goes_on_without_the_disk_of_its_folder(by_hand, tmp_path):
+    """Unplugged: every command is answered with a sentence at most, and plugged in again nothing was forgotten."""
+    say(by_hand, do="sweep")
+    step(by_hand)
+    assert by_hand.state()["disk"]["problem"] is None
+    (tmp_path / "studio").rename(tmp_path / "unplugged")
+    assert say(by_hand, do="note", take=1, text="left lamp off") is None
+    assert "cannot be used (No such file" in by_hand.state()["disk"]["problem"]
+    for message in ({"do": "train", "takes": [1]}, {"do": "reconstruct", "take": 1}):
+        assert "its stack is not at" in say(by_hand, **message)
+    say(by_hand, do="sweep")
+    step(by_hand)
+    assert by_hand.camera.state == "idle" and "cannot be used" in by_hand.camera.problem
+    (tmp_path / "unplugged").rename(tmp_path / "studio")
+    assert "cannot be written" in by_hand.state()["disk"]["problem"]
+    say(by_hand, do="plan", count=4)
+    assert by_hand.state()["disk"]["problem"] is None
+    say(by_hand, do="sweep")
+    step(by_hand)
+    takes = json.loads((tmp_path / "studio" / "session.json").read_text())["takes"]
+    assert [(take["note"], take["frames"]) for take in takes] == [("left lamp off", 3), ("", 4)]
+
+
+# --- the folder
+
+
+@pytest.mark.parametrize("name", ["000.h5", "²³⁴.h5", "1.h5", "0000000.h5", "notes.h5"])
+def test_a_file_that_is_no_take_is_left_alone(tmp_path, name):
+    (tmp_path / "takes").mkdir()
+    (tmp_path / "takes" / name).write_bytes(b"x")
+    folder = SessionFolder(tmp_path, CAMERA)
+    assert folder.record.takes == [] and folder.begin(3).number == 1
+    folder.close()
+
+
+@pytest.mark.parametrize("name", ["session.json", "session.json.lock", ".session.json.partial"])
+def test_a_folder_where_a_file_should_be_is_one_sentence(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(DataError if name == "session.json" else UsageError, match="directory"):
+        SessionFolder(tmp_path, CAMERA)
 
 
 def test_a_damaged_record_is_named_and_left_alone(tmp_path):

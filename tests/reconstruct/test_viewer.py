@@ -157,7 +157,7 @@ def test_a_folder_that_is_no_result_is_left_out_and_named(tmp_path, monkeypatch,
 )
 def test_an_address_that_cannot_be_is_one_sentence(host, port, words):
     with pytest.raises(UsageError, match=words):
-        web.serve(Starlette(), host, port, lambda url: None)
+        web.serve(Starlette(), host, port, lambda url: pytest.fail(f"it listens at {url}"))
 
 
 def test_a_port_in_use_is_one_sentence():
