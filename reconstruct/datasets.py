@@ -29,6 +29,7 @@ from capture.errors import DaifError, DataError, SomeFailedError, UsageError
 from capture.lens import Lens
 from capture.optics import NOTES_FOCUS_M, NOTES_LENS, Condition, simulate_sweep
 from capture.scenes import Scene
+from reconstruct import remote
 from reconstruct.dataset_folders import DefocusNet, MobileDepth, Zedd
 from reconstruct.sample import DataSet, FloatMap, Sample
 
@@ -83,7 +84,7 @@ def import_dataset(
         raise DataError(f"{source} holds no scene of the {kind} split asked for; check that all of it was unpacked")
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file; -o must name a folder for the stacks")
-    out.mkdir(parents=True, exist_ok=True)
+    remote.prepare_output(str(out))
     failed = 0
     console = Console(stderr=True)
     for name in track(names, description=kind, console=console, disable=not console.is_terminal):

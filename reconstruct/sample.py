@@ -37,10 +37,13 @@ class Sample:
     truth_aif: FloatMap | None = None
 
     def only(self, frames: Sequence[int]) -> Sample:
-        """The stack of these frames, in this order; UsageError if one does not exist."""
+        """The stack of these frames, in this order; UsageError if one does not exist, or if it is only one."""
         count = len(self.frames)
-        if any(not 0 <= i < count for i in frames):
-            raise UsageError(f"--frames asks for {max(frames)}, but the stacks have frames 0 to {count - 1}")
+        missing = [i for i in frames if not 0 <= i < count]
+        if missing:
+            raise UsageError(f"--frames asks for {missing[0]}, but the stacks have frames 0 to {count - 1}")
+        if len(frames) < 2:
+            raise UsageError(f"--frames asks for {frames[0]} alone, but depth needs at least two frames; name more")
         chosen = list(frames)
         return replace(self, frames=self.frames[chosen], focus_distance_m=self.focus_distance_m[chosen])
 

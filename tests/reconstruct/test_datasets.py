@@ -116,8 +116,27 @@ def test_ddff12_frames_can_be_chosen(tmp_path):
     stack, frames, _ = stack_of(tmp_path / "out/ddff12_val_0000.h5")
     assert len(frames) == 5
     np.testing.assert_allclose(PX_M / stack.focus_distance_m, np.linspace(PX_M / 0.5, PX_M / 7, 10)[[0, 2, 4, 6, 9]])
-    with pytest.raises(UsageError, match="frames 0 to 9"):
-        import_dataset("ddff12", tmp_path / "ddff.h5", tmp_path / "more", frames=(0, 10))
+
+
+@pytest.mark.parametrize(
+    ("frames", "words"),
+    [
+        ((0, 10), "asks for 10, but the stacks have frames 0 to 9"),
+        ((-1, 0), "asks for -1, but the stacks have frames 0 to 9"),
+        ((3,), "asks for 3 alone, but depth needs at least two frames"),
+    ],
+)
+def test_frames_that_cannot_be_chosen_are_named(tmp_path, frames, words):
+    write_ddff12(tmp_path / "ddff.h5")
+    with pytest.raises(UsageError, match=words):
+        import_dataset("ddff12", tmp_path / "ddff.h5", tmp_path / "out", frames=frames)
+
+
+@pytest.mark.parametrize("out", ["ddff.h5/out", "/proc/out"])
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path, out):
+    write_ddff12(tmp_path / "ddff.h5")
+    with pytest.raises(UsageError, match="choose another output folder with -o"):
+        import_dataset("ddff12", tmp_path / "ddff.h5", tmp_path / out)
 
 
 def test_ddff12_lens_blurs_as_the_refocused_views_do():
