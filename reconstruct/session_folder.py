@@ -184,8 +184,8 @@ class SessionFolder:
                 self.problem = None
             except OSError as error:
                 self.problem = (
-                    f"{self._file} cannot be written ({error.strerror}), and without it this session cannot be opened "
-                    "again as it is now: see to its disk, then change any note or mark to write it"
+                    f"{self._file} cannot be written ({error.strerror}); see to its disk, then change a note or mark, "
+                    "which writes everything"
                 )
 
     def _write(self) -> None:
