@@ -21,6 +21,7 @@ from capture.decode import is_image_name
 from capture.errors import DaifError, DataError, NoSpaceError, SomeFailedError, UsageError, without_password
 from capture.importer import STACK_FILE
 from reconstruct import cluster, memory, remote, result
+from reconstruct.checkpoint import weights_file
 from reconstruct.infer import Report
 from reconstruct.job import Job, process_stack, solve, stack_name, write
 
@@ -262,6 +263,9 @@ def _on_workers(stacks: Sequence[str], job: Job, workers: int, address: str | No
     threads = max(1, (os.cpu_count() or 1) // max(workers, 1)) if address is None else None
     if address is None:
         job = replace(job, settings=replace(job.settings, memory_share=1 / workers))
+    if job.settings.method == "network" and job.settings.weights != "default":
+        # here, where it can be seen whether that is a folder
+        job = replace(job, settings=replace(job.settings, weights=str(weights_file(job.settings.weights))))
     call: Callable[[str], dict[str, Any]] = functools.partial(_process_on_worker, job=job, threads=threads)
     with cluster.connect(workers, address) as client:
         cluster.send_files(client, _files_of(job))

@@ -25,6 +25,7 @@ from reconstruct.memory import room_in
 
 FORMAT = 1
 DEFAULT_WEIGHTS = Path(__file__).parent / "weights" / "default.safetensors"
+RUN_WEIGHTS = "weights.safetensors"  # what `daif train` leaves in its folder
 
 
 def save_weights(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
@@ -34,6 +35,22 @@ def save_weights(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, 
     path.parent.mkdir(parents=True, exist_ok=True)
     _write_whole(path, payload)
     _write_whole(path.with_suffix(".json"), (json.dumps(description, indent=1) + "\n").encode())
+
+
+def weights_file(weights: str | Path) -> Path:
+    """The file that is meant by `weights`: itself, beside its JSON, or in the folder of a run of `daif train`.
+
+    Raises DataError for a folder without weights.
+    """
+    path = Path(weights)
+    if not path.is_dir():
+        return path.with_suffix(".safetensors") if path.suffix == ".json" else path
+    if not (path / RUN_WEIGHTS).exists():
+        raise DataError(
+            f"{path} holds no {RUN_WEIGHTS}; give a weights file, or the folder of a `daif train` run that ended "
+            "better than it began"
+        )
+    return path / RUN_WEIGHTS
 
 
 def load_weights(path: str | Path, preset: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -108,7 +125,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         about = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(f"{path}: missing; weights are a .safetensors file with a .json file beside it") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise DataError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise DataError(f"{path}: not a description of daif weights (expected format {FORMAT})")

@@ -6,6 +6,7 @@ estimate = predict(model, frames, focus_dpt, kappa)
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from capture.errors import DataError
-from reconstruct.checkpoint import DEFAULT_WEIGHTS, load_weights
+from reconstruct.checkpoint import DEFAULT_WEIGHTS, load_weights, weights_file
 from reconstruct.estimate import Estimate
 from reconstruct.fusion import fuse
 from reconstruct.memory import keep_freed_memory
@@ -43,17 +44,18 @@ class TrainedNetwork:
 
 
 def load_network(weights: str | Path, device: torch.device, preset: str | None = None) -> TrainedNetwork:
-    """The network stored in `weights` (a file, or "default" for the shipped one), ready to predict on `device`.
+    """The network stored in `weights` ("default" for the shipped one, else a `weights_file`), ready for `device`.
 
     From then on this process keeps memory that was freed (`keep_freed_memory`).
 
     Raises DataError if the file is missing, damaged, of another preset, or does not fit the network.
     """
     keep_freed_memory()
-    path = DEFAULT_WEIGHTS if str(weights) == "default" else Path(weights)
+    path = DEFAULT_WEIGHTS if str(weights) == "default" else weights_file(weights)
     tensors, about = load_weights(path, preset)
     if about.get("preset") not in ("default", "paper"):
         raise DataError(f"{path}: weights of an unknown preset, {about.get('preset')!r}; update daif or train anew")
+    _check_calibration(path.with_suffix(".json"), about.get("calibration", {}))
     network = wrap(build(about["preset"]), about, f"{weights if str(weights) == 'default' else path.name}")
     try:
         network.net.load_state_dict(tensors)
@@ -77,6 +79,17 @@ def wrap(net: DefaultNet | PaperNet, about: dict[str, Any], name: str) -> Traine
         std_floor_px=float(calibration.get("std_floor_px", 0.0)),
         about=about,
     )
+
+
+def _check_calibration(path: Path, calibration: Any) -> None:
+    """DataError unless `calibration`, of the JSON file `path`, holds numbers where `wrap` takes them."""
+    names = "std_gain", "std_floor_px"
+    values = [calibration.get(name, 0.0) for name in names] if isinstance(calibration, dict) else [None]
+    if not all(isinstance(value, int | float) and 0 <= value < math.inf for value in values):
+        raise DataError(
+            f"{path}: calibration: expected numbers as {' and '.join(names)}, found {str(calibration)[:80]}; restore "
+            "the file as it was saved"
+        )
 
 
 @torch.inference_mode()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
 import torch
 
 from capture.errors import DataError
+from reconstruct import batch
 from reconstruct.checkpoint import DEFAULT_WEIGHTS, latest_state, load_state, load_weights, save_state, save_weights
 from reconstruct.device import pick_device
+from reconstruct.infer import Settings
+from reconstruct.job import Job
 from reconstruct.network import build
 from reconstruct.predict import load_network
 
@@ -44,6 +48,10 @@ def break_json(path):
     path.with_suffix(".json").write_text("{")
 
 
+def bury_json(path):
+    path.with_suffix(".json").write_text("[" * 100_000)
+
+
 def other_json(path):
     path.with_suffix(".json").write_text("[1, 2]")
 
@@ -54,6 +62,7 @@ def other_json(path):
         (flip_payload, "damaged"),
         (truncate, "damaged"),
         (break_json, "not readable as JSON"),
+        (bury_json, "not readable as JSON"),
         (other_json, "not a description"),
         (lambda path: path.unlink(), "cannot be read"),
         (lambda path: path.with_suffix(".json").unlink(), "missing"),
@@ -81,6 +90,44 @@ def test_unknown_preset_is_refused(tmp_path):
     save_weights(tmp_path / "w.safetensors", TENSORS, {"preset": "other"})
     with pytest.raises(DataError, match="other"):
         load_network(tmp_path / "w.safetensors", pick_device("cpu"))
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The folder of a run that left the shipped weights."""
+    tensors, about = load_weights(DEFAULT_WEIGHTS)
+    save_weights(tmp_path / "run/weights.safetensors", tensors, about)
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("name", ["", "weights.safetensors", "weights.json"])
+def test_a_run_and_either_of_its_files_mean_its_weights(run, name):
+    network = load_network(run / name, pick_device("cpu"))
+    assert network.identity.startswith("weights.safetensors ")
+
+
+def test_workers_are_sent_the_weights_of_a_run(run, monkeypatch):
+    sent = []
+    monkeypatch.setattr(batch.cluster, "connect", lambda *where: contextlib.nullcontext())
+    monkeypatch.setattr(batch.cluster, "send_files", lambda client, files: sent.extend(files))
+    monkeypatch.setattr(batch.cluster, "run_on", lambda client, stacks, call: sent.append(call.keywords["job"]) or [])
+    assert not list(batch._on_workers(["a.h5"], Job("out", Settings(weights=str(run))), 2, None))
+    *files, job = sent
+    assert files == [run / "weights.safetensors", run / "weights.json"]
+    assert job.settings.weights == str(run / "weights.safetensors")
+
+
+def test_a_folder_without_weights_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"holds no weights\.safetensors; give a weights file, or the folder"):
+        load_network(tmp_path, pick_device("cpu"))
+
+
+@pytest.mark.parametrize("calibration", [[1], 3, None, {"std_gain": "x"}, {"std_floor_px": None}, {"std_gain": -1}])
+def test_a_calibration_without_numbers_is_refused(run, calibration):
+    path = run / "weights.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"calibration": calibration}))
+    with pytest.raises(DataError, match=r"weights\.json: calibration: expected numbers .* found"):
+        load_network(run, pick_device("cpu"))
 
 
 def test_state_appears_whole(tmp_path):
