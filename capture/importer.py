@@ -306,23 +306,34 @@ def _optics(sweep: _Sweep, width: int, height: int) -> tuple[Lens | None, str | 
         name: value for name, value in (("make", exif[0].make), ("model", exif[0].lens_model)) if value
     }
     given = sweep.settings.lens
-    if isinstance(given, Lens):
-        return given, None, {**info, "source": STACK_FILE}
     if given is not None:
-        path = sweep.folder / given
-        optic = read_lens(str(path))
-        info["source"] = given
-        return (optic, None, info) if isinstance(optic, Lens) else (None, path.read_text(encoding="utf-8"), info)
+        optic = given if isinstance(given, Lens) else read_lens(str(sweep.folder / given))
+        info["source"] = given if isinstance(given, str) else STACK_FILE
+        if not isinstance(optic, Lens):
+            return None, (sweep.folder / str(given)).read_text(encoding="utf-8"), info
+        if problem := _focus_problem(optic, sweep):
+            raise DataError(f"{sweep.folder / STACK_FILE}: {problem}")
+        return optic, None, info
     focal_m, f_number = (_common([getattr(one, name) for one in exif]) for name in ("focal_length_m", "f_number"))
     pitch_m = exif[0].sensor_width_m / max(width, height)  # sensors are wider than high; pictures may stand upright
     if any(math.isnan(number) for number in (focal_m, f_number, pitch_m)):
         return None, None, info
     info |= {"source": "exif", "pixel_pitch_source": exif[0].sensor_width_source}
     try:
-        return Lens(focal_length_m=focal_m, f_number=f_number, pixel_pitch_m=pitch_m), None, info
+        lens = Lens(focal_length_m=focal_m, f_number=f_number, pixel_pitch_m=pitch_m)
+        problem = _focus_problem(lens, sweep)
     except ValueError as error:
-        sweep.events.append(("exif_lens_ignored", {"reason": " ".join(str(error).split())}))
+        problem = " ".join(str(error).split())
+    if problem:
+        sweep.events.append(("exif_lens_ignored", {"reason": problem}))
         return None, None, info
+    return lens, None, info
+
+
+def _focus_problem(lens: Lens, sweep: _Sweep) -> str | None:
+    """Why `lens` cannot be focused where the frames are said to be, or None."""
+    names = [photograph.entry.file for photograph in sweep.photographs]
+    return lens.focus_problem([photograph.distance_m for photograph in sweep.photographs], names)
 
 
 def _common(values: Sequence[float]) -> float:

@@ -13,6 +13,7 @@ All functions use arithmetic only, so floats, NumPy arrays and torch tensors wor
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -23,6 +24,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from capture.errors import DataError, UsageError
 
 Numeric = TypeVar("Numeric")  # float, numpy.ndarray or torch.Tensor
+
+NEAREST_FOCUS = 1.01  # focal lengths, hundredfold magnification; at 1 the sensor would be infinitely far away
 
 
 class Lens(BaseModel):
@@ -80,6 +83,17 @@ class Lens(BaseModel):
     def image_distance_m(self, focus_dpt: Numeric) -> Numeric:
         """Lens-to-sensor distance in metres when focused at `focus_dpt`; its ratio is the focus breathing."""
         return self.focal_length_m / (1.0 - self.focal_length_m * focus_dpt)  # type: ignore[operator, return-value]
+
+    def focus_problem(self, focus_distance_m: Sequence[float] | np.ndarray, names: Sequence[str]) -> str | None:
+        """Why this lens cannot be focused at these distances, or None; NaN is unknown, `names` are the frames'."""
+        for distance_m, name in zip(focus_distance_m, names, strict=True):
+            if distance_m < NEAREST_FOCUS * self.focal_length_m:
+                return (
+                    f"frame {name} is focused at {distance_m:g} m, and no lens with a focal length of "
+                    f"{self.focal_length_m:g} m can be focused that close; correct the focal length (50 mm is 0.050) "
+                    "or the distance (in metres)"
+                )
+        return None
 
 
 def coc_diameter_px(kappa_px_per_dpt: Any, focus_dpt: Any, inverse_depth_dpt: Any) -> Any:

@@ -49,7 +49,8 @@ class StackOptics:
 def optics_of(stack: FocalStack, profile: LensProfile | None = None) -> StackOptics:
     """The optics of `stack`; `profile` (or the one stored in it) wins over the lens's nominal numbers.
 
-    Raises DataError if the profile does not fit the stack's size or knows nothing of its focus positions.
+    Raises DataError if the lens cannot be focused where the frames say, or the profile does not fit the stack's size or
+    knows nothing of its focus positions.
     """
     profile = profile or stack.profile
     if profile is not None:
@@ -81,6 +82,9 @@ def optics_of(stack: FocalStack, profile: LensProfile | None = None) -> StackOpt
         return StackOptics(
             focus_dpt, None, None, std, exact, 0.05, True, "focus distances only", intrinsics, (words,)
         )  # fmt: skip
+    problem = stack.lens.focus_problem(stack.focus_distance_m, [f"{i}" for i in stack.frame_index])
+    if problem:
+        raise DataError(f"{stack.path}: {problem}")
     kappa = np.asarray(stack.lens.kappa_px_per_dpt(focus_dpt), dtype=np.float64)
     focal_px = float(np.median(stack.lens.image_distance_m(focus_dpt))) / stack.lens.pixel_pitch_m
     centre = (stack.width - 1) / 2, (stack.height - 1) / 2

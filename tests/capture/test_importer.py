@@ -109,6 +109,15 @@ def test_infinity(folder, tmp_path):
         assert found.is_metric
 
 
+def test_a_lens_that_cannot_be_focused_so_close_is_refused(folder, tmp_path):
+    for lens in (LENS | {"focal_length_m": 1.5}, "lens.yaml"):
+        (folder / "lens.yaml").write_text(yaml.safe_dump(LENS | {"focal_length_m": 1.5}))
+        describe(folder, lens=lens)
+        with pytest.raises(DataError, match=r"stack\.yaml: frame frame_0\.png is focused at 1 m, .* 1\.5 m can"):
+            import_folder(folder, tmp_path / "o.h5")
+        assert not list(tmp_path.glob("o.h5*"))
+
+
 def test_a_lens_file(folder, tmp_path):
     (folder / "my lens.yaml").write_text(yaml.safe_dump(LENS))
     describe(folder, lens="my lens.yaml")
@@ -318,6 +327,15 @@ def test_a_zoomed_sweep_has_no_lens(tmp_path, monkeypatch):
     zoomed = Exif(focal_length_m=0.07, f_number=5.0, sensor_width_m=0.0231)
     with import_with_exif(tmp_path, monkeypatch, nikon(1.0), zoomed) as found:
         assert found.lens is None
+
+
+def test_an_exif_lens_that_cannot_be_focused_so_close_is_left_out(folder, tmp_path, monkeypatch):
+    with_distances(folder, 0.04, 0.1, 0.2, lens=None)
+    monkeypatch.setattr("capture.importer.read_files", lambda paths: [nikon(1.0)] * 3)
+    with FocalStack.open(import_folder(folder, tmp_path / "o.h5")) as found:
+        assert found.lens is None
+        assert found.events[0]["kind"] == "exif_lens_ignored"
+        assert "frame_0.png is focused at 0.04 m" in found.events[0]["reason"]
 
 
 def test_raw_wins_over_the_jpeg_beside_it(tmp_path):

@@ -109,6 +109,13 @@ def test_wrong_units_are_refused(field, value, says):
         Lens(**values)
 
 
+def test_focus_inside_the_focal_length_is_a_problem():
+    names = ["a", "b", "c"]
+    assert LENS.focus_problem([np.nan, np.inf, 0.06], names) is None
+    problem = LENS.focus_problem([0.5, 0.050, np.nan], names)
+    assert problem.startswith("frame b is focused at 0.05 m, and no lens with a focal length of 0.05 m can")
+
+
 # --- LensProfile
 
 POSITIONS = np.linspace(0.0, 1000.0, 21)
