@@ -144,7 +144,8 @@ def reconstruct(
 
     focus, gain = (torch.as_tensor(v, dtype=torch.float32, device=device) for v in (optics.focus_dpt, kappa / step))
     sweep = PlaneSweep(focus, gain)
-    method = Network(focus, gain, settings.weights) if settings.method == "network" else sweep
+    learned = settings.method == "network"
+    method = Network(focus, gain, settings.weights, optics.metric) if learned else sweep
     brightness = float((overview.frames.mean((1, 2, 3)) * exposure).mean())
 
     def compute(tile_px: int) -> tuple[_Fields, _Fields | None]:

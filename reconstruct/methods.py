@@ -59,19 +59,24 @@ class PlaneSweep:
 
 
 class Network(PlaneSweep):
-    """`reconstruct/predict.py`, with weights loaded once; it is told what the plane sweep knows."""
+    """`reconstruct/predict.py`, with weights loaded once; it is told what the plane sweep knows.
+
+    Attributes:
+        metric: whether `focus_dpt` are dioptres.
+    """
 
     halo_px = 128  # its receptive field
 
-    def __init__(self, focus_dpt: Tensor, kappa: Tensor, weights: str | Path) -> None:
+    def __init__(self, focus_dpt: Tensor, kappa: Tensor, weights: str | Path, metric: bool) -> None:
         super().__init__(focus_dpt, kappa)
+        self.metric = metric
         self.model = load_network(weights, focus_dpt.device)
         if not isinstance(self.model.net, DefaultNet):
             self.hypotheses = 0  # the published network makes no use of them
         self.description = {"name": "network", "weights": self.model.identity}
 
     def estimate(self, frames: Tensor, valid: Tensor, evidence: Evidence | None) -> Estimate:
-        more = {"context": self.context, "evidence": evidence}
+        more = {"metric": self.metric, "context": self.context, "evidence": evidence}
         return predict(self.model, frames, self.focus_dpt, self.kappa, valid, **more)  # type: ignore[arg-type]
 
     def finished(self, estimate: Estimate) -> Estimate:

@@ -184,6 +184,18 @@ def test_uncalibrated_depth_is_relative_and_ordered(tmp_path):
     assert np.corrcoef(answer.inverse_depth_dpt.ravel(), 1 / truth.ravel())[0, 1] > 0.9
 
 
+@pytest.mark.parametrize("method", ["network", "plane-sweep"])
+def test_relative_depth_goes_on_beyond_the_last_frame(tmp_path, method):
+    near = small_scene()
+    inverse = np.minimum(1 / near.depth_m, 0.95) - 0.12  # up to 1.8 px of blur beyond
+    path = write_small_stack(tmp_path / "far.h5", scene=replace(near, depth_m=1 / inverse), lens=None, calibrated=False)
+    with FocalStack.open(path) as stack:
+        answer = reconstruct(stack, Settings(method=method, device="cpu", fit_focus=False))
+    beyond = inverse < 0.36
+    assert np.median(answer.depth[beyond]) > 1.0
+    assert np.mean(answer.depth[beyond] == 1.0) < 0.1
+
+
 def test_distances_without_a_lens_give_metres_and_say_how(tmp_path):
     path = write_small_stack(tmp_path / "distances.h5", lens=None)
     with FocalStack.open(path) as stack:
