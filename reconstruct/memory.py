@@ -34,6 +34,7 @@ FIXED_BYTES = 200_000_000
 USABLE = 0.85  # share of the free memory that may be planned for
 KEPT_BYTES = 512_000_000
 LARGEST_KEPT_BYTES = 1 << 25  # more, glibc refuses
+NO_MEMORY = ("out of memory", "not enough memory", "insufficient memory", "can't allocate memory")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of its malloc.h
 
 
@@ -179,7 +180,7 @@ def ran_out(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
         return True
     text = str(error).lower()
-    return any(words in text for words in ("out of memory", "not enough memory", "insufficient memory"))
+    return any(words in text for words in NO_MEMORY)
 
 
 def free_bytes() -> int:

@@ -1,5 +1,6 @@
 """Memory is planned, adapts to what is free, and running out is an answer and not an end."""
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -82,6 +83,13 @@ def test_workers_share_the_memory(monkeypatch):
 )
 def test_errors_that_mean_no_memory(error, expected):
     assert memory.ran_out(error) is expected
+
+
+@pytest.mark.parametrize("make", [torch.empty, np.empty, lambda n: cv2.resize(np.zeros((9, 9)), (1 << 30, 1 << 20))])
+def test_what_the_libraries_raise_means_no_memory(make):
+    with pytest.raises((MemoryError, RuntimeError, cv2.error)) as caught:
+        make(1 << 50)
+    assert memory.ran_out(caught.value), caught.value
 
 
 def test_no_memory_is_tried_once_more_with_smaller_tiles(stack_file, monkeypatch):
