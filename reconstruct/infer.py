@@ -32,7 +32,7 @@ from reconstruct.fusion import channel_noise_variance, filled_frames, fuse
 from reconstruct.lens_fit import picture_focus
 from reconstruct.methods import METHODS, Network, PlaneSweep
 from reconstruct.optics import StackOptics, optics_of
-from reconstruct.plane_sweep import Evidence, Photometry, quietened, relative_exposure
+from reconstruct.plane_sweep import DARKEST, Evidence, Photometry, quietened, relative_exposure
 from reconstruct.result import Reconstruction
 
 Report = Callable[[str, float], None]  # (what is being done, share of the whole so far)
@@ -146,7 +146,7 @@ def reconstruct(
     sweep = PlaneSweep(focus, gain)
     learned = settings.method == "network"
     method = Network(focus, gain, settings.weights, optics.metric) if learned else sweep
-    brightness = float((overview.frames.mean((1, 2, 3)) * exposure).mean())
+    brightness = max(DARKEST, float((overview.frames.mean((1, 2, 3)) * exposure).mean()))
 
     def compute(tile_px: int) -> tuple[_Fields, _Fields | None]:
         picture = _Picture(stack, alignment, exposure, step, device, memory.Scratch(plan.scratch_bytes))

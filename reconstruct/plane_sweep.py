@@ -43,6 +43,7 @@ SHEET_STEP = 0.5  # how fast a depth step cuts it; per pixel of CoC
 SHEET_MOST_PX = 3.0  # larger depth steps cut no more: without texture they are wild guesses, not edges
 DETAIL_SIGMA_PX = 2.0  # what a Gaussian of this width leaves is compared
 GREY = 0.25  # mean brightness that pictures are brought to before their edges are judged
+DARKEST = 1e-4  # mean brightness that black pictures are taken to have
 COARSE_NOISE_SHARE = 0.4  # costs 15 noisy scenes 0.1 %; blank walls in JPEGs lose most of their hatch
 LEAST_SEEN = 1e-3  # pairs of frames per pixel of a window; less is rounding
 DETAIL_NOISE_SHARE = 1 - 3 / (4 * math.pi * DETAIL_SIGMA_PX**2)  # of white noise's variance in that
@@ -135,7 +136,7 @@ def pixel_noise(frames: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Te
 
 
 def _brightness(frames: Tensor) -> Tensor:
-    return torch.nan_to_num(frames).mean().clamp_min(1e-4)
+    return torch.nan_to_num(frames).mean().clamp_min(DARKEST)
 
 
 def quietened(

@@ -205,6 +205,18 @@ def test_distances_without_a_lens_give_metres_and_say_how(tmp_path):
     assert np.median(np.abs(answer.inverse_depth_dpt - 1 / small_scene().depth_m)) < 0.05
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("refine_steps", [0, 2])
+@pytest.mark.parametrize("method", ["network", "plane-sweep"])
+def test_black_frames_are_answered_in_numbers(tmp_path, method, refine_steps):
+    frames = np.zeros((4, 48, 64, 3), np.uint8)
+    path = write_stack(tmp_path / "black.h5", frames, focus_distance_m=1 / np.array(FOCUS_DPT), lens=LENS)
+    with FocalStack.open(path) as stack:
+        answer = reconstruct(stack, Settings(method=method, device="cpu", refine_steps=refine_steps))
+    for name in ("inverse_depth_dpt", "std_dpt", "confidence", "aif"):
+        assert np.isfinite(getattr(answer, name)).all(), name
+
+
 def test_breathing_is_removed(tmp_path):
     path = write_small_stack(
         tmp_path / "breathing.h5",
