@@ -25,7 +25,7 @@ class StackOptics:
     """The camera of one stack as the blur model sees it.
 
     Attributes:
-        focus_dpt: (S,) focus settings; in relative mode positions along the sweep, 1 = first (near) frame, 0 = last.
+        focus_dpt: (S,) focus settings; in relative mode positions along the sweep, 1 = nearest frame, 0 = farthest.
         kappa_px_per_dpt: (S,) CoC diameter in stored pixels per dioptre, None where the images must tell.
         scales: (S,) breathing that a profile predicts, None where it must be estimated.
         focus_std_dpt: (S,) what the calibration does not know about `focus_dpt`.
@@ -58,11 +58,16 @@ def optics_of(stack: FocalStack, profile: LensProfile | None = None) -> StackOpt
     intrinsics = Intrinsics.assume(stack.height, stack.width)
     unknown = np.isnan(stack.focus_distance_m)
     if unknown.any():
+        known = stack.focus_dpt[~unknown]
+        near_last = len(known) > 1 and known[-1] > known[0]
         words = (
             f"{stack.path.name} is uncalibrated ({int(unknown.sum())} of {stack.n_frames} focus distances unknown): "
+            "depth is relative, ordered along the sweep in frame order, and has no unit"
         )
+        if len(known) < 2:
+            words += "; the first frame is taken for the nearest, which two known distances would decide"
         return StackOptics(
-            focus_dpt=np.linspace(1.0, 0.0, stack.n_frames),
+            focus_dpt=np.linspace(0.0, 1.0, stack.n_frames) if near_last else np.linspace(1.0, 0.0, stack.n_frames),
             kappa_px_per_dpt=None,
             scales=None,
             focus_std_dpt=np.zeros(stack.n_frames),
@@ -71,7 +76,7 @@ def optics_of(stack: FocalStack, profile: LensProfile | None = None) -> StackOpt
             metric=False,
             source="uncalibrated",
             intrinsics=intrinsics,
-            warnings=(words + "depth is relative, ordered along the sweep in frame order, and has no unit",),
+            warnings=(words,),
         )
     focus_dpt = np.asarray(stack.focus_dpt, dtype=np.float64)
     std = np.asarray(stack.focus_distance_std_m, dtype=np.float64) * focus_dpt**2

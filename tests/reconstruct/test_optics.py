@@ -1,11 +1,12 @@
 """Focus and gain of a stack: from what it says, and refused where that cannot be."""
 
+import numpy as np
 import pytest
 
 from capture.errors import DataError
 from capture.stack import FocalStack
 from reconstruct.optics import optics_of
-from tests.reconstruct.small_stack import LENS, write_small_stack
+from tests.reconstruct.small_stack import FOCUS_DPT, LENS, write_small_stack
 
 
 @pytest.mark.parametrize("focal_length_m", [0.999, 1.0, 1.5])
@@ -14,3 +15,23 @@ def test_focus_inside_the_focal_length_is_refused(tmp_path, focal_length_m):
     path = write_small_stack(tmp_path / "close.h5", lens=lens)
     with FocalStack.open(path) as stack, pytest.raises(DataError, match=r"h5: frame 0 is focused at 1 m, .* can"):
         optics_of(stack)
+
+
+@pytest.mark.parametrize(
+    ("distances_m", "nearest", "taken"),
+    [
+        ([1.0, np.nan, 2.0, np.nan], 0, False),
+        ([np.nan, 2.0, np.nan, 1.0], 3, False),
+        ([np.inf, np.nan, np.nan, 1.0], 3, False),
+        ([np.nan, np.nan, np.nan, 1.0], 0, True),
+        ([np.nan] * 4, 0, True),
+    ],
+)
+def test_two_known_distances_say_where_near_is(tmp_path, distances_m, nearest, taken):
+    path = write_small_stack(tmp_path / "partly.h5", focus_distance_m=distances_m)
+    with FocalStack.open(path) as stack:
+        optics = optics_of(stack)
+    assert not optics.metric
+    assert optics.focus_dpt.argmax() == nearest
+    assert np.ptp(optics.focus_dpt) == 1.0 and len(optics.focus_dpt) == len(FOCUS_DPT)
+    assert ("first frame is taken for the nearest" in optics.warnings[0]) is taken
