@@ -10,22 +10,18 @@ from capture.errors import UsageError
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The torch device called `name`: auto, cpu, cuda, cuda:N or mps; "auto" takes the fastest one present.
+    """The torch device called `name`: auto, cpu, cuda or cuda:N; "auto" is cuda where there is one, else cpu.
 
     Raises:
         UsageError: the name is unknown, or this machine lacks the device.
     """
     kind, _, index = name.partition(":")
     if kind == "auto" and not index:
-        if torch.cuda.is_available():
-            return _own_gpu()
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return _own_gpu() if torch.cuda.is_available() else torch.device("cpu")
     if name == "cpu":
         return torch.device("cpu")
-    if name == "mps":
-        if not torch.backends.mps.is_available():
-            raise UsageError("--device mps: this machine has no Apple GPU that torch can use; use --device cpu")
-        return torch.device("mps")
+    if kind == "mps":
+        raise UsageError(f"--device {name}: Apple's GPUs lack the float64 that daif needs; use --device auto or cpu")
     if kind == "cuda" and (not index or index.isdecimal()) and not name.endswith(":"):
         if not torch.cuda.is_available():
             raise UsageError(f"--device {name}: torch finds no CUDA device on this machine; use --device auto or cpu")
@@ -36,7 +32,7 @@ def pick_device(name: str = "auto") -> torch.device:
                 f"--device {name}: this machine has {torch.cuda.device_count()} CUDA device(s), from cuda:0"
             )
         return torch.device(name)
-    raise UsageError(f"--device {name}: expected auto, cpu, cuda, cuda:N or mps")
+    raise UsageError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
 
 
 def own_share() -> tuple[int, int]:

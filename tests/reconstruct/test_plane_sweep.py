@@ -179,4 +179,13 @@ def test_unknown_device_is_refused(name):
 def test_missing_cuda_is_one_sentence():
     with pytest.raises(UsageError, match="finds no CUDA device"):
         pick_device("cuda")
-    assert pick_device("auto").type in {"cpu", "mps"}
+    assert pick_device("auto").type == "cpu"
+
+
+def test_apples_gpu_is_never_taken(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert pick_device("auto").type == "cpu"
+    for name in ("mps", "mps:0"):
+        with pytest.raises(UsageError, match=f"--device {name}: Apple's GPUs lack the float64"):
+            pick_device(name)
