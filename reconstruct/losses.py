@@ -133,6 +133,7 @@ def _window(image: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)  # kept: a tensor first made for inference could never serve training
 def _gaussian_taps(sigma_px: float, radius_px: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     x = torch.arange(-radius_px, radius_px + 1, dtype=torch.float64)
     taps = torch.exp(-(x**2) / (2 * sigma_px**2))
@@ -192,6 +193,7 @@ def blur_measure(image: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=4)
+@torch.inference_mode(False)
 def _laplacian_of_gaussian(dtype: torch.dtype, device: torch.device) -> Tensor:
     x = torch.arange(-3, 4, dtype=torch.float64)
     half_r2 = (x[:, None] ** 2 + x[None] ** 2) / 2

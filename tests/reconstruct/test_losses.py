@@ -122,3 +122,15 @@ def test_published_and_repaired_terms_are_finite_and_differentiable():
         gradients = torch.autograd.grad(losses.total(terms, weights), [aif, inverse_depth], retain_graph=True)
         assert all(torch.isfinite(g).all() and g.abs().max() > 0 for g in gradients)
     assert not terms.coarse_sharpness.requires_grad
+
+
+@pytest.mark.parametrize("term", [lambda x: losses.ssim_l1(x, x.detach().flip(-1)), losses.blur_measure])
+def test_a_term_first_asked_for_without_gradients_still_trains(term):
+    losses._gaussian_taps.cache_clear()
+    losses._laplacian_of_gaussian.cache_clear()
+    image = picture(1, 3, 16, 16)
+    with torch.inference_mode():
+        term(image)
+    image.requires_grad_()
+    term(image).backward()
+    assert image.grad.abs().sum() > 0
