@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ OUTPUT_BYTES_PER_PX = 45  # depth, spread, confidence, sharp image, and what wri
 EVIDENCE_BYTES = 2 * 32 * 4  # per working pixel of a tiled picture
 FIXED_BYTES = 200_000_000
 USABLE = 0.85  # share of the free memory that may be planned for
+CONTROL_GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 KEPT_BYTES = 512_000_000
 LARGEST_KEPT_BYTES = 1 << 25  # more, glibc refuses
 NO_MEMORY = ("out of memory", "not enough memory", "insufficient memory", "can't allocate memory")
@@ -197,16 +198,33 @@ def limit_bytes() -> int:
 
 
 def _control_groups() -> Iterator[tuple[int, int]]:
-    """(limit, used without file cache) of the control group, version 2 or 1, where it has a limit."""
-    for folder, limit_name, used_name, cache_name in (
-        ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
-        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    ):
-        try:
-            limit = int((Path(folder) / limit_name).read_text())
-            used = int((Path(folder) / used_name).read_text())
-            lines = (Path(folder) / "memory.stat").read_text().split("\n")
-        except (OSError, ValueError):  # no such group, or "max"
+    """(limit, used without file cache) of each control group with a limit, version 2 or 1, that this process is in.
+
+    A group's own limit and those of the groups around it all hold.
+    """
+    try:
+        lines = OWN_GROUPS.read_text().splitlines()
+    except OSError:  # not Linux
+        return
+    for line in lines:
+        _, kinds, place = line.split(":", 2)
+        if kinds == "":
+            root, names = CONTROL_GROUPS, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in kinds.split(","):
+            root = CONTROL_GROUPS / "memory"
+            names = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+        else:
             continue
-        cache = sum(int(line.split()[1]) for line in lines if line.startswith(cache_name + " "))
-        yield limit, max(0, used - cache)
+        inside = PurePosixPath(place.lstrip("/"))
+        for group in (inside, *inside.parents):
+            yield from _group_limit(root / group, *names)
+
+
+def _group_limit(folder: Path, limit_name: str, used_name: str, cache_name: str) -> Iterator[tuple[int, int]]:
+    try:
+        limit, used = (int((folder / name).read_text()) for name in (limit_name, used_name))
+        lines = (folder / "memory.stat").read_text().split("\n")
+    except (OSError, ValueError):  # no such group, or "max"
+        return
+    cache = sum(int(line.split()[1]) for line in lines if line.startswith(cache_name + " "))
+    yield limit, max(0, used - cache)

@@ -2,6 +2,7 @@
 
 import cv2
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -133,3 +134,49 @@ def test_what_will_be_used_is_said_once(stack_file, tmp_path, capsys):
 
 def test_the_machine_has_memory():
     assert 0 < memory.free_bytes() <= memory.limit_bytes()
+
+
+GROUP_FILES = {
+    2: ("memory.max", "memory.current", "memory.stat", "inactive_file 300000000\n"),
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat", "cache 1\ntotal_inactive_file 300000000\n"),
+}
+
+
+def make_group(folder, version, limit, used):
+    folder.mkdir(parents=True, exist_ok=True)
+    limit_name, used_name, stat_name, stat = GROUP_FILES[version]
+    (folder / limit_name).write_text(f"{limit}\n")
+    (folder / used_name).write_text(f"{used}\n")
+    (folder / stat_name).write_text(stat)
+
+
+@pytest.fixture
+def hierarchy(tmp_path, monkeypatch):
+    """A machine without control groups so far, and the file that says which ones this process is in."""
+    monkeypatch.setattr(memory, "CONTROL_GROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(memory, "OWN_GROUPS", tmp_path / "self")
+    return tmp_path / "cgroup", tmp_path / "self"
+
+
+@pytest.mark.parametrize(
+    ("version", "own", "root"),
+    [(2, "0::/slurm/job_7/step_0\n", ""), (1, "5:cpu,memory:/slurm/job_7/step_0\n1:cpu:/\n0::/\n", "memory")],
+)
+def test_the_limit_of_a_job_is_found_wherever_it_is_set(hierarchy, version, own, root):
+    groups, said = hierarchy
+    said.write_text(own)
+    assert list(memory._control_groups()) == []
+    make_group(groups / root / "slurm/job_7", version, limit=2_000_000_000, used=500_000_000)
+    make_group(groups / root / "slurm/job_8", version, limit=1_000_000_000, used=0)  # somebody else's
+    assert list(memory._control_groups()) == [(2_000_000_000, 200_000_000)]
+    assert memory.limit_bytes() == 2_000_000_000
+    assert memory.free_bytes() <= 1_800_000_000
+    make_group(groups / root / "slurm/job_7/step_0", version, limit="max" if version == 2 else 1 << 62, used=1)
+    make_group(groups / root, version, limit=1_500_000_000, used=1_400_000_000)  # a container's, as it sees it
+    assert memory.limit_bytes() == 1_500_000_000
+    assert memory.free_bytes() <= 400_000_000
+
+
+def test_without_control_groups_the_machine_is_the_limit(hierarchy):
+    assert list(memory._control_groups()) == []
+    assert memory.limit_bytes() == psutil.virtual_memory().total
