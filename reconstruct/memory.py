@@ -144,10 +144,11 @@ def plan(
         kept += EVIDENCE_BYTES * math.prod(small)
     free = int(min(free_bytes(), share * limit_bytes()))
     on_gpu = device is not None and device.type == "cuda"
+    free_there = torch.cuda.mem_get_info(device)[0] if on_gpu else 0
     sides = [side for side in (tile_px, tile_px // 2, tile_px // 4) if side > 0]
     for i, side in enumerate(sides):
         tile = (per_px + per_frame * n_frames) * math.prod(min(n, side + 2 * halo_px) for n in small)
-        if on_gpu and tile > USABLE * torch.cuda.mem_get_info(device)[0]:
+        if on_gpu and tile > USABLE * free_there:
             continue
         ram_tile = 0 if on_gpu else tile
         beside = outputs if step == 1 else FIXED_BYTES  # reduced maps are kept, full-size ones made later
@@ -156,9 +157,15 @@ def plan(
             if needed < USABLE * free:
                 where = f"in RAM, {tile / 1e9:.1f} GB on {device}" if on_gpu else "in RAM"
                 return MemoryPlan(side, tuple(sides[i + 1 :]), needed, free, where, scratch, kept - scratch)
+    what = f"{n_frames} frames of {width} x {height} px"
+    if on_gpu and tile > USABLE * free_there:
+        raise NoSpaceError(
+            f"{what} need about {tile / 1e9:.1f} GB on {device} even in the smallest tiles and {free_there / 1e9:.1f} "
+            "GB are free there; end what else uses it, or use --device cpu"
+        )
     raise NoSpaceError(
-        f"{n_frames} frames of {width} x {height} px need about {(outputs + tile) / 1e9:.1f} GB even in the smallest "
-        f"tiles and {free / 1e9:.1f} GB are free; close other programs, use fewer --workers, or reduce the frames"
+        f"{what} need about {needed / 1e9:.1f} GB even in the smallest tiles and {free / 1e9:.1f} GB are "
+        "free; close other programs, use fewer --workers, or reduce the frames"
     )
 
 

@@ -67,6 +67,21 @@ def test_what_cannot_fit_is_refused_with_what_to_lower(monkeypatch):
         memory.plan(**SIZE)
 
 
+@pytest.mark.parametrize(
+    ("free_gb", "free_there_gb", "says"),
+    [
+        (64, 0.1, r"4000 px need about 0\.2 GB on cuda:1 even .* 0\.1 GB are free there; .*--device cpu"),
+        (1, 80, r"4000 px need about 1\.3 GB even in .* 1\.0 GB are free; .*--workers"),
+        (1, 0.1, "on cuda:1"),
+    ],
+)
+def test_the_memory_that_is_short_is_named(monkeypatch, free_gb, free_there_gb, says):
+    pretend_free(monkeypatch, free_gb)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free_there_gb * 1e9), int(80e9)))
+    with pytest.raises(NoSpaceError, match=says):
+        memory.plan(**SIZE, network=True, device=torch.device("cuda", 1))
+
+
 def test_workers_share_the_memory(monkeypatch):
     pretend_free(monkeypatch, 64)
     monkeypatch.setattr(memory, "limit_bytes", lambda: int(6e9))
