@@ -360,7 +360,7 @@ def _working_image(frame: FloatArray, max_size: int) -> NDArray[np.float32]:
     factor = min(1.0, max_size / max(height, width))
     small = np.asarray(frame, dtype=np.float32)
     if factor < 1:
-        size = (round(width * factor), round(height * factor))
+        size = (max(1, round(width * factor)), max(1, round(height * factor)))
         small = cv2.resize(small, size, interpolation=cv2.INTER_AREA)
     return small.mean(axis=2) if small.ndim == 3 else small
 
@@ -480,6 +480,8 @@ def _align_pair(
 
 def _coarse_shift(image_a: NDArray[np.float32], image_b: NDArray[np.float32], ratio: complex) -> complex:
     """Shift of b by phase correlation where that brings the frames closer than no shift, else 0."""
+    if min(image_a.shape) < 2:  # too narrow to be transformed
+        return 0j
     window = cv2.createHanningWindow(image_a.shape[::-1], cv2.CV_32F)
     warped, _ = _warp(image_b, ratio, 0j)
     (dx, dy), _ = cv2.phaseCorrelate(image_a - image_a.mean(), warped - warped.mean(), window)

@@ -34,7 +34,7 @@ def first_look(stack: FocalStack, profile: LensProfile | None, device: torch.dev
     """
     began, cpu = time.monotonic(), time.process_time()
     optics = optics_of(stack, profile)
-    factor = max(1, round(max(stack.height, stack.width) / LOOK_PX))
+    factor = max(1, min(round(max(stack.height, stack.width) / LOOK_PX), stack.height, stack.width))
     size = stack.width // factor, stack.height // factor
     frames = np.stack([_reduced(stack, i, factor, size) for i in range(stack.n_frames)])
     alignment = align_stack(frames, optics.focus_dpt, scales=optics.scales)

@@ -225,7 +225,8 @@ class Overview:
 
 def read_overview(stack: FocalStack) -> Overview:
     """The frames reduced, each read once and in bands."""
-    factor = max(1, int(np.ceil(max(stack.height, stack.width) / OVERVIEW_PX)))
+    factor = int(np.ceil(max(stack.height, stack.width) / OVERVIEW_PX))
+    factor = min(factor, stack.height, stack.width)
     frames = np.empty((stack.n_frames, stack.height // factor, stack.width // factor, 3), np.float32)
     for i, out in enumerate(frames):
         _reduce(stack.linear, i, factor, out)

@@ -669,7 +669,7 @@ def estimate_gain(frames: Tensor, focus_dpt: Tensor) -> float:
     blur tells, so an error of a tenth is normal, and a scene at one depth without texture says nothing at all.
     """
     span = float(focus_dpt.max() - focus_dpt.min())
-    factor = max(1, math.ceil(max(frames.shape[2:]) / GAIN_SEARCH_PX))
+    factor = min(math.ceil(max(frames.shape[2:]) / GAIN_SEARCH_PX), *frames.shape[2:])
     small = F.avg_pool2d(torch.nan_to_num(frames), factor)
     widest = [w for w in WIDEST_COC_PX if w < min(small.shape[2:]) / 2] or [WIDEST_COC_PX[0]]
     left = []

@@ -107,7 +107,7 @@ def _facts(result: Reconstruction) -> list[tuple[str, str]]:
     near, far = result.near_far()
     known = np.isfinite(result.depth)
     facts: list[tuple[str, str]] = []
-    if result.metric:
+    if result.metric and known.any():
         facts += [("nearest (1 %)", format_length(near)), ("farthest (99 %)", format_length(far))]
         facts += [("median uncertainty", "± " + format_length(float(np.median(result.depth_std[known]))))]
     if result.baseline is not None and result.baseline.confidence.shape == result.confidence.shape:
@@ -267,7 +267,7 @@ def _fit(image: NDArray[np.uint8], width_px: int) -> NDArray[np.uint8]:
     height, width = image.shape[:2]
     if width <= width_px:
         return image
-    return cv2.resize(image, (width_px, round(height * width_px / width)), interpolation=cv2.INTER_AREA)
+    return cv2.resize(image, (width_px, max(1, round(height * width_px / width))), interpolation=cv2.INTER_AREA)
 
 
 def _jpeg(image: NDArray[np.uint8], quality: int = 85) -> str:

@@ -275,3 +275,11 @@ def test_real_stacks_have_the_scale_measured_before(name, near_over_far):
     assert alignment.estimable.all()
     assert alignment.scales[0] / alignment.scales[-1] == pytest.approx(near_over_far, abs=0.006)
     assert alignment.matched.min() > 0.5
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 3), (2, 40), (40, 1), (1, 3000), (9, 4000)])
+def test_pictures_too_narrow_to_compare_are_left_as_they_are(size):
+    picture = np.random.default_rng(0).random((*size, 3)).astype(np.float32)
+    found = align_stack([picture, 0.9 * picture, picture[::-1]])
+    assert found.is_identity
+    assert not found.estimable.any()

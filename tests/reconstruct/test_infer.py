@@ -14,8 +14,12 @@ from capture.scenes import procedural_scene
 from capture.stack import FocalStack, write_stack
 from reconstruct import infer
 from reconstruct.dataset import load_captured
+from reconstruct.device import pick_device
+from reconstruct.first_look import first_look
 from reconstruct.infer import Settings, reconstruct
+from reconstruct.job import Job, process_stack
 from reconstruct.methods import METHODS, PlaneSweep
+from reconstruct.result import load
 from tests.reconstruct.small_stack import FOCUS_DPT, LENS, small_scene, write_small_stack
 
 CPU = Settings(method="plane-sweep", device="cpu")
@@ -203,6 +207,19 @@ def test_distances_without_a_lens_give_metres_and_say_how(tmp_path):
     assert answer.metric
     assert answer.record["optics"]["source"] == "focus distances only"
     assert np.median(np.abs(answer.inverse_depth_dpt - 1 / small_scene().depth_m)) < 0.05
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("lens", [LENS, None])
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (40, 1), (3, 40), (1, 3000), (2000, 6)])
+def test_pictures_of_any_size_are_answered(tmp_path, size, lens):
+    picture = np.random.default_rng(0).random((*size, 3)).astype(np.float32)
+    frames = np.stack([cv2.GaussianBlur(picture, (0, 0), 0.5 + i).reshape(*size, 3) for i in range(4)])
+    path = write_stack(tmp_path / "odd.h5", frames, focus_distance_m=1 / np.array(FOCUS_DPT), lens=lens)
+    process_stack(str(path), Job(str(tmp_path / "out"), CPU))
+    assert load(tmp_path / "out" / "odd").depth.shape == size
+    with FocalStack.open(path) as stack:
+        assert first_look(stack, None, pick_device("cpu")).n_frames == 4
 
 
 @pytest.mark.filterwarnings("error")
