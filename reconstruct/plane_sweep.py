@@ -48,6 +48,7 @@ COARSE_NOISE_SHARE = 0.4  # costs 15 noisy scenes 0.1 %; blank walls in JPEGs lo
 LEAST_SEEN = 1e-3  # pairs of frames per pixel of a window; less is rounding
 DETAIL_NOISE_SHARE = 1 - 3 / (4 * math.pi * DETAIL_SIGMA_PX**2)  # of white noise's variance in that
 MOST_DRIFT = 0.2  # of exposure between frames
+MOST_HYPOTHESES = 256  # `lowest` counts them in bytes
 CPU_STRIP, GPU_STRIP = 1 << 24, 1 << 27  # values smoothed at once
 
 
@@ -56,7 +57,7 @@ class SweepConfig:
     """How the plane sweep searches.
 
     Attributes:
-        hypotheses: number of inverse depths tested; a parabola finds the minimum between them.
+        hypotheses: number of inverse depths tested, 3 to 256; a parabola finds the minimum between them.
         beyond_px: how far past the nearest and farthest focus they reach, pixels of CoC.
         psf: shape of the blur.
         window_px: side of the square over which differences are averaged; odd.
@@ -72,6 +73,10 @@ class SweepConfig:
     small_step: float = 0.2
     jump: float = 3.0
     edge: float = 8.0
+
+    def __post_init__(self) -> None:
+        if not 3 <= self.hypotheses <= MOST_HYPOTHESES:
+            raise ValueError(f"hypotheses={self.hypotheses}: expected 3 (for a parabola) to {MOST_HYPOTHESES} of them")
 
 
 class Photometry(NamedTuple):

@@ -12,7 +12,15 @@ from capture.scenes import Scene
 from reconstruct.device import pick_device
 from reconstruct.estimate import Estimate
 from reconstruct.metrics import psnr
-from reconstruct.plane_sweep import cost_volume, estimate_gain, hypotheses, photometry, plane_sweep, relative_exposure
+from reconstruct.plane_sweep import (
+    SweepConfig,
+    cost_volume,
+    estimate_gain,
+    hypotheses,
+    photometry,
+    plane_sweep,
+    relative_exposure,
+)
 
 torch.set_num_threads(1)
 
@@ -161,6 +169,13 @@ def test_tile_with_halo_equals_the_whole(sweep):
 def test_gain_is_found_from_the_frames(sweep):
     frames, focus, kappa, _ = sweep
     assert estimate_gain(frames, focus) == pytest.approx(float(kappa.mean()), rel=0.15)
+
+
+@pytest.mark.parametrize("count", [0, 2, 257])
+def test_a_number_of_hypotheses_that_cannot_be_searched_is_refused(count):
+    with pytest.raises(ValueError, match=f"hypotheses={count}: expected 3 .* to 256"):
+        SweepConfig(hypotheses=count)
+    SweepConfig(hypotheses=256)
 
 
 def test_one_frame_is_refused(sweep):
