@@ -149,10 +149,12 @@ def edge_aware_smoothness(values: Tensor, guide: Tensor, edge_gain: float = 10.0
     Interior differences only, weight exp(-edge_gain |guide difference|), channels averaged (notes 9b.8). A constant
     map costs nothing.
     """
-    down, across = (values.diff(dim=-2).abs(), values.diff(dim=-1).abs())
-    weight_down = torch.exp(-edge_gain * guide.diff(dim=-2).abs().mean(1, keepdim=True))
-    weight_across = torch.exp(-edge_gain * guide.diff(dim=-1).abs().mean(1, keepdim=True))
-    return (down * weight_down).mean() + (across * weight_across).mean()
+    total = values.new_zeros(())
+    for dim in (-2, -1):
+        if values.shape[dim] > 1:  # else nothing has a neighbour
+            weight = torch.exp(-edge_gain * guide.diff(dim=dim).abs().mean(1, keepdim=True))
+            total = total + (values.diff(dim=dim).abs() * weight).mean()
+    return total
 
 
 def inverse_depth_smoothness(inverse_depth_dpt: Tensor, guide: Tensor, edge_gain: float = 10.0) -> Tensor:

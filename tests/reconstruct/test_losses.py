@@ -64,6 +64,13 @@ def test_smoothness_ignores_scale_and_spares_image_edges():
     assert losses.inverse_depth_smoothness(depth, edge) == pytest.approx(float(on_flat) * np.exp(-5), rel=1e-4)
 
 
+@pytest.mark.parametrize("size", [(1, 16), (16, 1), (1, 1)])
+def test_smoothness_of_a_line_counts_along_it_only(size):
+    line = torch.linspace(1, 2, max(size)).reshape(1, 1, *size)
+    expected = 1 / 15 if max(size) > 1 else 0.0
+    assert losses.edge_aware_smoothness(line, torch.zeros(1, 3, *size)) == pytest.approx(expected)
+
+
 def test_blur_measure_grows_with_blur():
     sharp = picture(2, 3, 32, 32)
     assert losses.blur_measure(blurred(sharp, 1.0)) > losses.blur_measure(sharp)
