@@ -316,11 +316,13 @@ def _with_fitted_focus(
     if not moved_px.any():
         return optics
     warnings = optics.warnings
-    if optics.metric and (contradicted := np.flatnonzero(np.abs(moved_px) > CONTRADICTED_PX)).size:
-        frames_said = ", ".join(
-            f"frame {i} at {_in_metres(found[i])} instead of {_in_metres(optics.focus_dpt[i])}" for i in contradicted
-        )
-        words = f"the frames contradict their stored focus distances, which were corrected: {frames_said}; "
+    contradicted = [
+        f"frame {i} at {_in_metres(found[i])} instead of {_in_metres(optics.focus_dpt[i])}"
+        for i in np.flatnonzero(np.abs(moved_px) > CONTRADICTED_PX)
+        if _in_metres(found[i]) != _in_metres(optics.focus_dpt[i])  # beyond infinity there is nothing to tell
+    ]
+    if optics.metric and contradicted:
+        words = f"the frames contradict their stored focus distances, which were corrected: {', '.join(contradicted)}; "
         warnings += (words + "`daif calibrate` measures them, --no-fit-focus believes in them",)
     return replace(optics, focus_dpt=found, warnings=warnings)
 

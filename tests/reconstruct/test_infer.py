@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 import pytest
 import skimage.data
+import torch
 
 from capture.errors import DataError, UsageError
 from capture.lens import Lens
@@ -207,6 +208,18 @@ def test_distances_without_a_lens_give_metres_and_say_how(tmp_path):
     assert answer.metric
     assert answer.record["optics"]["source"] == "focus distances only"
     assert np.median(np.abs(answer.inverse_depth_dpt - 1 / small_scene().depth_m)) < 0.05
+
+
+def test_a_focus_beyond_infinity_is_not_reported(tmp_path, monkeypatch):
+    focus_dpt = np.array([1.0, 0.7, 0.3, 0.0])
+    path = write_small_stack(tmp_path / "far.h5", focus_distance_m=[1.0, 1 / 0.7, 1 / 0.3, np.inf])
+    found = torch.tensor([1.0, 0.6, 0.3, -0.1])
+    monkeypatch.setattr(infer, "picture_focus", lambda *given: found)
+    with FocalStack.open(path) as stack:
+        answer = reconstruct(stack, CPU)
+    np.testing.assert_allclose(answer.record["optics"]["told_focus_dpt"], focus_dpt)
+    np.testing.assert_allclose(answer.focus_dpt, found)
+    assert "corrected: frame 1 at 1.67 m instead of 1.43 m; " in answer.record["warnings"][0]
 
 
 @pytest.mark.filterwarnings("error")
