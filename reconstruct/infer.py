@@ -10,6 +10,7 @@ from the whole: exposure and noise are measured once, and what has no bounded re
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from capture.alignment import Alignment, FrameReader, align_stack
 from capture.errors import DataError, NoSpaceError
 from capture.lens import LensProfile
 from capture.stack import FocalStack
-from reconstruct import memory
+from reconstruct import blind, memory
 from reconstruct.device import pick_device
 from reconstruct.estimate import Estimate
 from reconstruct.fusion import channel_noise_variance, filled_frames, fuse
@@ -137,7 +138,14 @@ def reconstruct(
     clock.lap("gain")
     plan = _plan(stack, settings, step)
     told = optics.focus_dpt
-    if settings.fit_focus and not optics.focus_exact:
+
+    def picture() -> _Picture:
+        return _Picture(stack, alignment, exposure, step, device, memory.Scratch(plan.scratch_bytes))
+
+    guessed = not overview.says_depth(exposure) and not picture().says_depth(plan.tile_px)
+    if guessed:
+        optics = replace(optics, warnings=(*optics.warnings, blind.WARNING))
+    elif settings.fit_focus and not optics.focus_exact:
         progress("comparing focus", 0.05)
         optics = _with_fitted_focus(optics, kappa, stack, overview, alignment, exposure, step, device)
         clock.lap("focus")
@@ -149,21 +157,24 @@ def reconstruct(
     brightness = max(DARKEST, float((overview.frames.mean((1, 2, 3)) * exposure).mean()))
 
     def compute(tile_px: int) -> tuple[_Fields, _Fields | None]:
-        picture = _Picture(stack, alignment, exposure, step, device, memory.Scratch(plan.scratch_bytes))
+        taken = picture()
         clock.lap("read frames")
-        method.context = sweep.context = picture.photometry(brightness)
-        fields = _estimate_tiled(picture, method, settings.refine_steps, tile_px, progress)
+        method.context = sweep.context = taken.photometry(brightness)
+        fields = _estimate_tiled(taken, method, settings.refine_steps, tile_px, progress)
         compared = settings.compare and method is not sweep
-        baseline = _estimate_tiled(picture, sweep, 0, tile_px, progress) if compared else None
+        baseline = _estimate_tiled(taken, sweep, 0, tile_px, progress) if compared else None
         clock.lap("estimate")
         if step > 1:
-            del picture
+            del taken
             sharp = _Picture(stack, alignment, exposure, 1, device, memory.Scratch(0))
             fields = _carry_up(sharp, fields, optics.focus_dpt, kappa, step, tile_px, progress)
             clock.lap("full size")
         return fields, baseline
 
     fields, baseline = _within_memory(compute, plan, stack)
+    if guessed:
+        for maps in filter(None, (fields, baseline)):
+            maps.doubt(float(np.ptp(optics.focus_dpt)))
     progress("done", 1.0)
     description = {**method.description, "refine_steps": settings.refine_steps}
     taken = stack, optics, told, alignment, exposure, kappa, step
@@ -205,6 +216,11 @@ class _Fields:
         depth, std, confidence = (np.empty((height, width), np.float32) for _ in range(3))
         return cls(depth, std, confidence, np.empty((height, width, 3), np.float32))
 
+    def doubt(self, sweep_dpt: float) -> None:
+        """Take the depth for a guess: as likely anywhere in the sweep as here."""
+        np.maximum(self.std_dpt, sweep_dpt / math.sqrt(12), out=self.std_dpt)
+        self.confidence[:] = 0
+
     def put(self, tile: _Tile, estimate: Estimate) -> None:
         for name in ("inverse_depth_dpt", "std_dpt", "confidence"):
             getattr(self, name)[tile.core] = getattr(estimate, name)[tile.inside].cpu().numpy()
@@ -221,6 +237,10 @@ class Overview:
     def exposure(self) -> NDArray[np.float32]:
         """Factor per frame, (S,), that brings all to one exposure."""
         return relative_exposure(torch.from_numpy(self.frames.mean(-1))).numpy()
+
+    def says_depth(self, exposure: NDArray[np.float32]) -> bool:
+        """Whether the frames differ as they do out of focus (`reconstruct/blind.py`)."""
+        return blind.says_depth(torch.from_numpy(self.frames.mean(-1) * exposure[:, None, None]))
 
 
 def read_overview(stack: FocalStack) -> Overview:
@@ -380,6 +400,11 @@ class _Picture:
             frames *= self.exposure[:, None, None, None]
         tensor = torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous().to(self.device)
         return tensor, torch.from_numpy(self.alignment.seen(rows, cols, self.step)).to(self.device)
+
+    def says_depth(self, tile_px: int) -> bool:
+        """As `Overview.says_depth`, of what is too small to be seen there."""
+        tiles = _tiles(self.height, self.width, tile_px, 0)
+        return any(blind.says_depth(self.read(*tile.core)[0].mean(1)) for tile in tiles)
 
     def photometry(self, brightness: float) -> Photometry:
         """Noise and exposure, from the middle of the picture; `brightness` is the whole's."""
