@@ -1,7 +1,11 @@
 """Every loss term as a pure function: the published ones (DEReD, `notes/method.md` section 4) and their repairs (9b.8).
 
 Images and stacks are linear RGB, (..., 3, H, W), 0 to 1; maps are (B, 1, H, W). The terms of a step travel as
-`LossTerms`, their weights as `LossWeights` with the same field names, so that logs and tests see every term.
+`LossTerms`, their weights as `LossWeights` with the same field names, so that every term can be logged.
+
+The paper's training uses `published_terms` with `PUBLISHED` weights (`reconstruct/finetune.py`). No command trains with
+`repaired_terms`, its weights and `total`: the network learns more from refined maps, and they are there for comparison.
+Refinement and fine-tuning take single functions.
 """
 
 from __future__ import annotations
@@ -40,7 +44,7 @@ class LossTerms(NamedTuple):
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Weight of each of `LossTerms`; the defaults are ours, `PUBLISHED` holds the paper's."""
+    """Weight of each of `LossTerms`; the defaults suit `repaired_terms`, `PUBLISHED` holds the paper's."""
 
     reconstruction: float = 1.0
     coarse_aif: float = 0.1
