@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from capture.errors import LockedError
+from capture.errors import LockedError, UsageError
 
 try:
     import fcntl
@@ -30,6 +30,7 @@ class Lease:
 
         Raises:
             LockedError: another living process holds it; the text names that process.
+            UsageError: the lock file cannot be made there.
         """
         self.path = Path(f"{target}.lock")
         self._descriptor: int | None = self._acquire()
@@ -56,6 +57,8 @@ class Lease:
                 descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | (os.O_EXCL if fcntl is None else 0), 0o644)
             except FileExistsError:
                 raise self._locked(_holder(self.path)) from None
+            except OSError as error:
+                raise UsageError(f"{self.path} cannot be written: {error.strerror}; choose another folder") from None
             try:
                 if fcntl is not None:
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

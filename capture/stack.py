@@ -23,6 +23,7 @@ import datetime
 import errno
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import re
@@ -43,6 +44,7 @@ from pydantic import ValidationError
 from capture.errors import DaifError, DataError, NoSpaceError, UsageError
 from capture.lease import Lease
 from capture.lens import Lens, LensProfile, metre_to_dioptre
+from capture.output import check_output, check_writable
 
 Transfer = Literal["linear", "srgb", "rec709"]
 FocusUnit = Literal["step", "dioptre", "m", "driver"]
@@ -660,6 +662,7 @@ class StackWriter:
         self.transfer = cast(Transfer, _plain(frames.attrs["transfer_function"]))
         self.white_level = float(frames.attrs["white_level"])
         self._frame_bytes = self.height * self.width * self.channels * self.dtype.itemsize
+        self.uuid = str(_plain(file.attrs["uuid"]))
         self._events_end = len(np.asarray(file["events"]).tobytes().rstrip(b"\0"))
 
     @classmethod
@@ -714,9 +717,7 @@ class StackWriter:
             raise ValueError(f"transfer={transfer!r}, channels={channels}, n_frames={n_frames}")
         if not (0 < height <= _MAX_SIDE and 0 < width <= _MAX_SIDE):
             raise DataError(f"{path}: frames of {width} x {height} px cannot be stored; {_MAX_SIDE} px at most")
-        if path.exists() and not overwrite:
-            raise UsageError(f"{path} exists already; choose another name, or overwrite it with --force")
-        _check_writable(path.parent)
+        check_output(path, overwrite=overwrite)
         lease = Lease(path)
         try:
             partial = partial_path(path)
@@ -775,7 +776,7 @@ class StackWriter:
         if not partial.exists():
             found = f"{path} is complete" if path.exists() else "nothing was begun there"
             raise DataError(f"{partial} does not exist, so there is nothing to resume: {found}; leave out --resume")
-        _check_writable(path.parent)
+        check_writable(path.parent)
         lease = Lease(path)
         try:
             with FocalStack.open(partial, allow_partial=True) as stack:
@@ -826,7 +827,8 @@ class StackWriter:
             image: (H, W, C) or (H, W) of the stack's type, in its transfer function.
             timestamp_s: time of exposure in seconds since 1970 UTC; now if left out.
             metadata: JSON-serialisable; what does not fit into 2 KiB is left out from its end and an event says so.
-            originals: the camera's own files as (name, bytes): saved first, in `<stack>.originals/` beside the stack.
+            originals: the camera's own files as (name, bytes): saved first, in `<file>.<uuid>.originals/` beside the stack;
+                a file that is there already is never replaced.
             source_file: instead, (name, sha256) of a camera file that stays where it is.
 
         Raises:
@@ -976,11 +978,22 @@ class StackWriter:
         os.fsync(file.id.get_vfd_handle())
 
     def _save_original(self, index: int, name: str, data: bytes) -> tuple[str, str]:
-        """Writes one camera file beside the stack; (its name relative to the stack's folder, sha256)."""
-        folder = self.path.with_name(self.path.stem + ".originals")
+        """Writes one camera file beside the stack, replacing none; (name relative to the stack's folder, sha256).
+
+        The folder carries the stack's uuid, so that a later stack of the same name leaves it alone.
+        """
+        digest = hashlib.sha256(data).hexdigest()
+        folder = self.path.with_name(f"{_cut(self.path.name, 100).decode()}.{self.uuid[:8]}.originals")
         folder.mkdir(exist_ok=True)
-        safe = re.sub(r"[^\w.\-]", "_", Path(name.replace("\\", "/")).name)[-100:]
+        base = re.sub(r"[^\w.\-]", "_", Path(name.replace("\\", "/")).name)
+        safe = Path(base.encode()[-100:].decode(errors="ignore"))
         target = folder / f"{index:03d}_{safe}"
+        for again in itertools.count(2):  # a frame that was taken again, under the name of its first try
+            if not target.exists():
+                break
+            if file_sha256(target) == digest:
+                return f"{folder.name}/{target.name}", digest
+            target = folder / f"{index:03d}_{safe.stem}_{again}{safe.suffix}"
         temporary = target.with_name(target.name + ".tmp")
         with temporary.open("wb") as file:
             file.write(data)
@@ -988,7 +1001,7 @@ class StackWriter:
             if self._sync:
                 os.fsync(file.fileno())
         os.replace(temporary, target)
-        return f"{folder.name}/{target.name}", hashlib.sha256(data).hexdigest()
+        return f"{folder.name}/{target.name}", digest
 
     def _fitting_json(self, index: int, details: dict[str, Any]) -> str:
         """`details` as JSON within the space of the dataset; whole keys are left out from the end."""
@@ -1072,21 +1085,24 @@ def pack_stack(path: str | Path, out: str | Path, *, overwrite: bool = False) ->
         StackFormatError: the stack cannot be trusted. UsageError: `out` exists. NoSpaceError: the disk is full.
     """
     path, out = Path(path), Path(out)
-    if out.exists() and not overwrite:
-        raise UsageError(f"{out} exists already; choose another name, or overwrite it with --force")
-    _check_writable(out.parent)
+    check_output(out, overwrite=overwrite)
     with Lease(out), FocalStack.open(path, deep=True) as stack:
+        if partial_path(out).exists():
+            raise UsageError(
+                f"{partial_path(out)} holds an unfinished stack of that name; finish it with `daif capture --resume`, "
+                "or choose another name"
+            )
         check_free_space(out.parent, path.stat().st_size, out)
-        partial = partial_path(out)
+        packing = out.with_name(out.name + ".packing")
         try:
             with _space(out, path.stat().st_size):
-                stack._file.copy_packed(partial)
-                with FocalStack.open(partial, deep=True) as copy:
+                stack._file.copy_packed(packing)
+                with FocalStack.open(packing, deep=True) as copy:
                     stack._file.compare(copy._file)
-                _fsync(partial)
-                os.replace(partial, out)
+                _fsync(packing)
+                os.replace(packing, out)
         except BaseException:
-            partial.unlink(missing_ok=True)
+            packing.unlink(missing_ok=True)
             raise
     return out
 
@@ -1118,13 +1134,6 @@ def check_free_space(folder: Path, needed_bytes: int, target: Path) -> None:
             f"{target} needs {needed_bytes / 1e6:.1f} MB and {folder} has {free / 1e6:.1f} MB free; "
             "free some space, or choose another folder"
         )
-
-
-def _check_writable(folder: Path) -> None:
-    if not folder.is_dir():
-        raise UsageError(f"the folder {folder} does not exist; create it, or choose another")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UsageError(f"the folder {folder} is not writable; choose another, or change its permissions")
 
 
 @contextlib.contextmanager

@@ -43,6 +43,7 @@ from capture.errors import DataError, StoppedError, UsageError
 from capture.exif import exif_block, from_sensor_plane, read_exif
 from capture.lease import Lease
 from capture.lens import Lens, LensProfile
+from capture.output import check_output
 from capture.plan import FocusSweep, place_frames
 from capture.quality import (
     FrameSummary,
@@ -309,11 +310,8 @@ class _Runner:
 
     def _check_target(self) -> None:
         """Refuse before the camera moves what would be refused after the first picture."""
-        if self.path.exists() and not self.options.overwrite:
-            raise UsageError(f"{self.path} exists already; choose another name, or overwrite it with --force")
+        check_output(self.path, overwrite=self.options.overwrite)
         partial = partial_path(self.path)
-        if not self.path.parent.is_dir():
-            raise UsageError(f"the folder {self.path.parent} does not exist; create it first")
         with Lease(self.path):
             if partial.exists() and not self.options.overwrite:
                 raise UsageError(

@@ -207,10 +207,62 @@ def test_the_cameras_own_files_are_kept_beside_the_stack(tmp_path):
     with small_writer(tmp_path / "a.h5") as writer:
         writer.append(0, picture(1), originals=[("../../x/DSC 1.NEF", b"raw"), ("DSC 1.JPG", b"jpg")])
     with FocalStack.open(tmp_path / "a.h5.partial", allow_partial=True) as stack:
-        assert stack.original_name == ["a.originals/000_DSC_1.NEF"]
+        folder = f"a.h5.{stack.uuid[:8]}.originals"
+        assert stack.original_name == [f"{folder}/000_DSC_1.NEF"]
         assert stack.original_sha256 == [hashlib.sha256(b"raw").hexdigest()]
-        assert stack.metadata[0]["originals"][1]["file"] == "a.originals/000_DSC_1.JPG"
-    assert (tmp_path / "a.originals" / "000_DSC_1.NEF").read_bytes() == b"raw"
+        assert stack.metadata[0]["originals"][1]["file"] == f"{folder}/000_DSC_1.JPG"
+    assert (tmp_path / folder / "000_DSC_1.NEF").read_bytes() == b"raw"
+
+
+def originals_of(path):
+    """The camera's own file of every frame, as the stack finds it; its sha256 must fit."""
+    import hashlib
+
+    with FocalStack.open(path) as stack:
+        found = [(path.parent / name).read_bytes() for name in stack.original_name]
+        assert [hashlib.sha256(data).hexdigest() for data in found] == stack.original_sha256
+    return found
+
+
+def captured(path, data, *, overwrite=False):
+    with small_writer(path, n_frames=2, overwrite=overwrite) as writer:
+        for i in range(2):
+            writer.append(i, picture(i), originals=[("DSC.JPG", data + bytes([i]))])
+        return writer.finish()
+
+
+def test_no_later_stack_takes_the_cameras_files_of_an_earlier_one(tmp_path):
+    monday = captured(tmp_path / "scene.h5", b"monday").rename(tmp_path / "monday.h5")
+    captured(tmp_path / "scene.h5", b"tuesday")
+    assert originals_of(monday) == [b"monday\0", b"monday\1"]
+    assert originals_of(tmp_path / "scene.h5") == [b"tuesday\0", b"tuesday\1"]
+    first, second = (captured(tmp_path / f"2026.11.{day}", bytes([day])) for day in (29, 30))
+    assert [originals_of(path)[0] for path in (first, second)] == [b"\x1d\0", b"\x1e\0"]
+    with small_writer(tmp_path / "scene.h5", n_frames=2, overwrite=True) as writer:  # --force that fails half-way
+        writer.append(0, picture(0), originals=[("DSC.JPG", b"wednesday")])
+    assert originals_of(tmp_path / "scene.h5") == [b"tuesday\0", b"tuesday\1"]
+
+
+def test_a_frame_taken_again_keeps_both_files_and_the_same_file_once(tmp_path):
+    with small_writer(tmp_path / "a.h5", n_frames=2) as writer:
+        for data in (b"first", b"second", b"second", b"third"):
+            writer.append(0, picture(1), originals=[("DSC.JPG", data)])
+        writer.append(1, picture(2), originals=[("DSC.JPG", b"other")])
+        writer.finish()
+    assert originals_of(tmp_path / "a.h5") == [b"third", b"other"]
+    (folder,) = tmp_path.glob("*.originals")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+        "000_DSC.JPG": b"first", "000_DSC_2.JPG": b"second", "000_DSC_3.JPG": b"third", "001_DSC.JPG": b"other",
+    }  # fmt: skip
+
+
+def test_long_names_of_stack_and_camera_file_are_found_again(tmp_path):
+    path = tmp_path / ("ü" * 110 + ".h5")
+    with small_writer(path, n_frames=2) as writer:
+        for i in range(2):
+            writer.append(i, picture(i), originals=[("ö" * 100 + ".JPG", b"data")])
+        writer.finish()
+    assert originals_of(path) == [b"data", b"data"]
 
 
 def test_a_retaken_frame_does_not_count_while_it_is_overwritten(tmp_path, monkeypatch):
@@ -276,6 +328,24 @@ def test_an_unfinished_stack_is_not_overwritten(tmp_path):
     with pytest.raises(UsageError, match=r"unfinished stack; continue it with --resume"):
         small_writer(tmp_path / "a.h5")
     small_writer(tmp_path / "a.h5", overwrite=True).close()
+
+
+def test_packing_leaves_an_unfinished_stack_alone(good, tmp_path):
+    small_writer(tmp_path / "a.h5").close()
+    before = (tmp_path / "a.h5.partial").read_bytes()
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match=r"a\.h5\.partial holds an unfinished stack"):
+            pack_stack(good, tmp_path / "a.h5", overwrite=overwrite)
+    assert (tmp_path / "a.h5.partial").read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.h5.partial", "good.h5"]
+
+
+def test_names_that_cannot_be_written_are_refused(good, tmp_path):
+    for path, words in ((tmp_path, "is a folder"), (tmp_path / ("x" * 250 + ".h5"), "253 bytes, 240 at most")):
+        with pytest.raises(UsageError, match=words):
+            small_writer(path, overwrite=True)
+        with pytest.raises(UsageError, match=words):
+            pack_stack(good, path, overwrite=True)
 
 
 def test_a_missing_folder_is_named(tmp_path):

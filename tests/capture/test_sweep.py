@@ -191,6 +191,18 @@ def test_nothing_is_overwritten(tmp_path):
         run_sweep(camera(), STEPS, tmp_path / "none" / "a.h5")
 
 
+def test_a_place_that_cannot_be_written_is_refused_before_the_camera_moves(tmp_path, monkeypatch):
+    options = SweepOptions(overwrite=True)
+    device = camera()
+    with pytest.raises(UsageError, match="is a folder"):
+        run_sweep(device, STEPS, tmp_path, options=options)
+    monkeypatch.setattr(os, "access", lambda folder, mode: False)  # what a read-only disk answers, to root too
+    with pytest.raises(UsageError, match="is not writable"):
+        run_sweep(device, STEPS, tmp_path / "a.h5", options=options)
+    assert device._frames_taken == 0
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_second_writer_is_told_who_holds_the_stack(tmp_path):
     device = camera()
     with Lease(tmp_path / "a.h5"), pytest.raises(LockedError, match=rf"process {os.getpid()} on ") as caught:
