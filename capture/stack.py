@@ -827,8 +827,8 @@ class StackWriter:
             image: (H, W, C) or (H, W) of the stack's type, in its transfer function.
             timestamp_s: time of exposure in seconds since 1970 UTC; now if left out.
             metadata: JSON-serialisable; what does not fit into 2 KiB is left out from its end and an event says so.
-            originals: the camera's own files as (name, bytes): saved first, in `<file>.<uuid>.originals/` beside the stack;
-                a file that is there already is never replaced.
+            originals: the camera's own files as (name, bytes): saved first, in `<file>.<uuid>.originals/` beside
+                the stack; a file that is there already is never replaced.
             source_file: instead, (name, sha256) of a camera file that stays where it is.
 
         Raises:

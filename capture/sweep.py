@@ -36,6 +36,7 @@ from capture.cameras.base import (
     FocusReport,
     FocusStuck,
     Frame,
+    HasCard,
     UnsupportedControl,
 )
 from capture.decode import Decoded, decode_image
@@ -525,7 +526,7 @@ class _Runner:
                     at_stop = self._look_at_stop(index)
                     continue
                 self._store(index, report, settle_s, frame, image, summary, cleanup)
-                return
+                break
             except CameraError as error:
                 error.where = f"frame {index + 1} of {len(self.sweep)}"
                 self._event("retry", frame=index, error=type(error).__name__, text=error.message, stage=error.stage)
@@ -535,6 +536,18 @@ class _Runner:
                 logger.info("%s: trying again", error)
                 time.sleep(wait_s)
                 self._recover(error)
+        self._delete_from_card(frame)
+
+    def _delete_from_card(self, frame: Frame) -> None:
+        """Let the camera forget a picture that is stored here; one that it cannot delete stays on its card."""
+        if not (frame.on_card and isinstance(self.camera, HasCard)):
+            return
+        try:
+            self.camera.delete_from_card(frame.on_card)
+        except CameraError as error:
+            names = ", ".join(name for _, name in frame.on_card)
+            self._warn("not_deleted", f"{names} may still be on the camera's card: {error}")
+            self._recover(error)
 
     def _recover(self, error: CameraError) -> None:
         self._stop_if_asked()

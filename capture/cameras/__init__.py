@@ -30,7 +30,7 @@ def open_camera(
 
     Args:
         profile: what is known of a gphoto2 body, instead of the profile that fits its model.
-        delete_from_camera: gphoto2: delete pictures from the card once they are downloaded.
+        delete_from_camera: gphoto2: delete pictures from the card once they are stored.
         manual_focus: the operator turns the ring; a focus motor is left alone.
 
     Raises:

@@ -19,6 +19,8 @@ What a backend must do
   read back; a value that reads back differently raises `ControlRejected`, one that it lacks `UnsupportedControl`.
 * `grab()` triggers a fresh picture after the call began (no stale buffer) and returns one `Frame`. Either `image` is
   set (cameras without files) or `originals` holds the camera's files, RAW before JPEG, and the sweep decodes them.
+* What is to be deleted from the camera's card once it is stored, `grab()` leaves there and names in `Frame.on_card`; the
+  sweep gives it to `delete_from_card()` (`HasCard`) when the frame is safe. What the sweep rejects stays on the card.
 * `preview()` is cheap, small and 8-bit; cameras without live view raise `UnsupportedControl` (`capabilities.preview`
   is False).
 * `close()` is idempotent and never raises: it puts back every setting that was changed and lets the device go.
@@ -145,6 +147,7 @@ class Frame:
         transfer: transfer function of `image`; of `originals` only where the backend knows better than the file.
         white_level: value of `image` that means 1.0 (255, 65535, 4095...).
         originals: the camera's own files as (name, bytes), RAW first.
+        on_card: (folder, name) of files to delete from the camera once this frame is stored.
         started_s, finished_s: time.time() around the exposure and transfer.
         exposure_time_s, f_number, iso: as read back for this frame; NaN unknown.
         focus_position: device read-back after the exposure; NaN unknown.
@@ -157,6 +160,7 @@ class Frame:
     transfer: Transfer = "unknown"
     white_level: float = 255.0
     originals: tuple[tuple[str, bytes], ...] = ()
+    on_card: tuple[tuple[str, str], ...] = ()
     started_s: float = 0.0
     finished_s: float = 0.0
     exposure_time_s: float = math.nan
@@ -207,6 +211,14 @@ class Camera(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+@runtime_checkable
+class HasCard(Protocol):
+    """A camera that can delete pictures from its card."""
+
+    def delete_from_card(self, files: tuple[tuple[str, str], ...]) -> None:
+        """Delete `Frame.on_card` of a frame that is stored."""
 
 
 def home_by_moving(camera: Camera, end: Literal["near", "far"]) -> FocusReport:

@@ -71,8 +71,8 @@ class GphotoCamera:
         model: part of the model's name, any case; empty for the first camera found.
         port: libgphoto2 port such as "usb:001,004"; empty for any.
         profile: what is known of the brand; None looks it up by the model that answers.
-        delete_from_camera: delete a picture from the card once it is downloaded; pictures in the camera's memory are
-            always deleted, since that memory holds only a few.
+        delete_from_camera: name pictures on the card in `Frame.on_card`, to be deleted once they are stored; pictures
+            in the camera's memory are always deleted after download, since that memory holds only a few.
         manual_focus: leave the motor alone; the operator turns the ring.
         driver: module with gphoto2's interface.
     """
@@ -463,14 +463,14 @@ class GphotoCamera:
             self._press_and_let_go(capture.release_widget, capture.press, capture.let_go)
         self._collect(paths, expected, deadline)
         originals = tuple((name, self._download(folder, name, deadline)) for folder, name in paths)
-        if self._delete or self._in_memory:
-            for folder, name in paths:
-                self._quietly(f"deleting {name}", lambda f=folder, n=name: self._camera.file_delete(f, n, self.context))
+        if self._in_memory:
+            self.delete_from_card(tuple(paths))
         exposure = self._profile.exposure if self._profile else CameraProfile(match=("any",)).exposure
         position = self.position()
         return Frame(
             image=None,
             originals=tuple(sorted(originals, key=lambda item: item[0].lower().endswith(JPEG_SUFFIXES))),
+            on_card=tuple(paths) if self._delete and not self._in_memory else (),
             started_s=started_s,
             finished_s=time.time(),
             exposure_time_s=self._number_of(exposure.exposure_time_s),
@@ -479,6 +479,15 @@ class GphotoCamera:
             focus_position=math.nan if position is None else position,
             metadata=self._extra_metadata(),
         )
+
+    def delete_from_card(self, files: tuple[tuple[str, str], ...]) -> None:
+        self._require_open("delete_from_card")
+        for folder, name in files:
+            try:
+                with self._errors("delete_from_card"):
+                    self._camera.file_delete(folder, name, self.context)
+            except CameraError as error:
+                logger.warning("%s could not be deleted from the camera: %s", name, error)
 
     def preview(self) -> NDArray[np.uint8]:
         import cv2

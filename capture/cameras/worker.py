@@ -48,6 +48,7 @@ DEADLINES_S: Mapping[str, float] = {
     "move_focus": 40.0,
     "position": 5.0,
     "preview": 5.0,
+    "delete_from_card": 20.0,
     "close": 8.0,
 }
 GRAB_MARGIN_S = 2.0  # the backend gives up by itself at its timeout; this much later it counts as stuck
@@ -103,6 +104,9 @@ class WorkerCamera:
 
     def grab(self, timeout_s: float) -> Frame:
         return self.call("grab", timeout_s, deadline_s=timeout_s + GRAB_MARGIN_S)
+
+    def delete_from_card(self, files: tuple[tuple[str, str], ...]) -> None:
+        self.call("delete_from_card", files)
 
     def preview(self) -> NDArray[np.uint8]:
         return self.call("preview")

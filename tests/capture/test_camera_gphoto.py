@@ -215,6 +215,47 @@ def test_the_card_runs_full(rig):
     assert "--delete-from-camera" in done.stdout
 
 
+def test_pictures_are_deleted_from_the_card_only_when_they_are_stored(rig, tmp_path):
+    """Two good frames and, between them, one that arrives cut in half: rejected pictures stay on the card."""
+    (rig / "faults.json").write_text(json.dumps({"grab:2": "truncated"}))
+    code = f"""
+        from pathlib import Path
+        from tests.capture import virtual_dslr
+        from capture.cameras.gphoto import GphotoCamera
+        from capture.cameras.profiles import profile_for
+        from capture.plan import command_sweep
+        from capture.stack import StackWriter
+        from capture.sweep import run_sweep
+        grabbed = []
+        def deleted(self, folder, name, context):
+            print("deleted picture", grabbed.index(name) + 1)
+            self._camera.file_delete(folder, name, context)
+        virtual_dslr.Camera.file_delete = deleted
+        append = StackWriter.append
+        def stored(self, index, *args, originals, **kwargs):
+            append(self, index, *args, originals=originals, **kwargs)
+            print("stored frame", index, "from picture", grabbed.index(originals[0][0]) + 1)
+        StackWriter.append = stored
+        profile = profile_for("Nikon DSC D750")
+        capture = profile.capture.model_copy(update={{"settings": {{"capturetarget": ("Memory card",)}}}})
+        class Card(GphotoCamera):
+            def grab(self, timeout_s):
+                frame = super().grab(timeout_s)
+                grabbed.extend(name for name, _ in frame.originals)
+                return frame
+        camera = Card(
+            profile=profile.model_copy(update={{"capture": capture}}), delete_from_camera=True,
+            driver="tests.capture.virtual_dslr",
+        )
+        run_sweep(camera, command_sweep((0, 90), "step"), Path({str(tmp_path / "a.h5")!r}))
+    """
+    done = in_subprocess(rig, code)
+    lines = [line for line in done.stdout.splitlines() if "picture" in line]
+    assert lines == [
+        "stored frame 0 from picture 1", "deleted picture 1", "stored frame 1 from picture 3", "deleted picture 3",
+    ], done.stderr  # fmt: skip
+
+
 def test_german_locale_does_not_translate_values(rig):
     code = """
         import locale

@@ -15,6 +15,7 @@ import pytest
 
 from capture.cameras.base import (
     CameraError,
+    CameraTimeout,
     Capabilities,
     CorruptFrame,
     ExposureDrift,
@@ -265,6 +266,29 @@ def test_over_exposure_is_said(tmp_path):
     assert any(
         "over-exposed" in text for text in run_sweep(camera(), STEPS, tmp_path / "a.h5", options=options).warnings
     )
+
+
+def test_a_picture_that_cannot_be_deleted_is_said_and_the_sweep_goes_on(tmp_path):
+    class WithCard(SimulatedCamera):
+        deleted = ()
+
+        def grab(self, timeout_s):
+            frame = super().grab(timeout_s)
+            frame.on_card = (("/card", f"DSC_{self._frames_taken}.JPG"),)
+            return frame
+
+        def delete_from_card(self, files):
+            if not self.deleted:
+                self.deleted = files
+                self.close()  # as a worker that was stuck and killed
+                raise CameraTimeout("the camera did not answer delete_from_card within 20 s")
+            self.deleted += files
+
+    device = WithCard(SCENE, behaviour=Behaviour(relative=True, noise=0.01, max_coc_px=12.0))
+    result = run_sweep(device, STEPS, tmp_path / "a.h5")
+    assert result.n_frames == 5
+    assert [name for _, name in device.deleted] == [f"DSC_{i}.JPG" for i in range(1, 6)]
+    assert any("DSC_1.JPG may still be on the camera's card" in text for text in result.warnings)
 
 
 def test_a_resumed_sweep_completes_the_same_plan_only(tmp_path):
