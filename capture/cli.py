@@ -249,6 +249,7 @@ def _cameras(
         str | None, typer.Option(metavar="URI", help="Find out how this body's focus moves, and write its profile.")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="--probe: where to write the profile.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="--probe: overwrite a file that exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the list as JSON.")] = False,
 ) -> None:
     """List the connected cameras and what each can do."""
@@ -256,8 +257,11 @@ def _cameras(
 
     from capture.cameras.listing import found_cameras
     from capture.cameras.probe import probe_focus, write_profile
+    from capture.output import check_output
 
     if probe is not None:
+        if output is not None:
+            check_output(output, overwrite=force)
         profile = probe_focus(probe, ask=lambda question: typer.prompt(question, default="", show_default=False))
         typer.echo(f"profile written to {write_profile(profile, output)}")
         return
@@ -388,6 +392,7 @@ def _plan(
     raw: Annotated[bool, typer.Option("--raw", help="The camera keeps RAW files: 16 bit, larger.")] = False,
     seconds_per_frame: Annotated[float, typer.Option(help="Move, settle, expose and transfer.")] = 2.5,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan here (YAML).")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the plan if it exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print plan and assessment as JSON.")] = False,
 ) -> None:
     """Place the frames of a sweep, and say what depth precision the optics allow."""
@@ -395,8 +400,11 @@ def _plan(
     import json
 
     from capture.lens import Lens
+    from capture.output import check_output
     from capture.plan import assess, command_sweep, explicit_sweep, plan_sweep, read_lens
 
+    if output is not None:
+        check_output(output, overwrite=force)
     stored = read_lens(lens) if lens else None
     optic = stored.rescaled(1.0 / reduce) if stored else None
     if positions is not None:

@@ -127,6 +127,9 @@ def import_folder(
     folder, out = Path(folder), Path(out)
     sweep = _read_sweep(folder)
     settings, photographs = sweep.settings, sweep.photographs
+    for source in (folder / STACK_FILE, *(photograph.path for photograph in photographs)):
+        if out.resolve() == source.resolve():
+            raise UsageError(f"{out} is one of the files that are read; choose another name for the stack")
     first = _decode(sweep, 0, None)
     height, width, channels = first.pixels.shape
     lens, profile_yaml, lens_info = _optics(sweep, width, height)

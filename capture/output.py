@@ -33,9 +33,9 @@ def check_writable(folder: Path) -> None:
         raise UsageError(f"the folder {folder} is not writable; choose another, or change its permissions")
 
 
-def write_text(path: Path, text: str, *, overwrite: bool = False) -> None:
-    """Write `text` to `path`, whole or not at all; UsageError where `check_output` refuses."""
-    check_output(path, overwrite=overwrite)
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path`, whole or not at all; it replaces what `check_output` did not refuse."""
+    check_output(path, overwrite=True)
     temporary = path.with_name(f".{os.getpid()}.writing")
     try:
         temporary.write_text(text, encoding="utf-8")

@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, model_valida
 from capture.config import load_yaml
 from capture.errors import UsageError
 from capture.lens import Lens, LensProfile, depth_error_m
+from capture.output import write_text
 
 Spacing = Literal["dioptre", "geometric", "metre", "explicit", "adaptive", "command"]
 
@@ -168,9 +169,9 @@ class FocusSweep(BaseModel):
         return yaml.safe_dump(self.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
 
     def write(self, path: Path) -> None:
-        """Write the plan to `path` as YAML."""
+        """Write the plan to `path` as YAML, whole or not at all."""
         text = f"# focus sweep of {self.count} frames; distances in metres\n{self.to_yaml()}"
-        path.write_text(text, encoding="utf-8")
+        write_text(path, text)
 
     @classmethod
     def read(cls, path: Path) -> FocusSweep:
@@ -311,6 +312,10 @@ def assess(
     focus_dpt = sweep.focus_dpt
     if not np.all(np.isfinite(focus_dpt)):
         raise UsageError("a sweep in camera units says nothing about distances; plan in metres to assess it")
+    if isinstance(lens, Lens):
+        problem = lens.focus_problem(sweep.focus_distance_m, [str(i) for i in range(len(sweep))])
+        if problem:
+            raise UsageError(f"plan: {problem}")
     kappa = _kappa(lens, focus_dpt)
     steps_px = np.abs(np.diff(focus_dpt)) * 0.5 * (kappa[1:] + kappa[:-1])
     range_px = float(steps_px.sum())

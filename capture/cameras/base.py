@@ -19,8 +19,8 @@ What a backend must do
   read back; a value that reads back differently raises `ControlRejected`, one that it lacks `UnsupportedControl`.
 * `grab()` triggers a fresh picture after the call began (no stale buffer) and returns one `Frame`. Either `image` is
   set (cameras without files) or `originals` holds the camera's files, RAW before JPEG, and the sweep decodes them.
-* What is to be deleted from the camera's card once it is stored, `grab()` leaves there and names in `Frame.on_card`; the
-  sweep gives it to `delete_from_card()` (`HasCard`) when the frame is safe. What the sweep rejects stays on the card.
+* What is to be deleted from the camera's card once it is stored, `grab()` leaves there and names in `Frame.on_card`;
+  the sweep gives it to `delete_from_card()` (`HasCard`) when the frame is safe. What is rejected stays on the card.
 * `preview()` is cheap, small and 8-bit; cameras without live view raise `UnsupportedControl` (`capabilities.preview`
   is False).
 * `close()` is idempotent and never raises: it puts back every setting that was changed and lets the device go.

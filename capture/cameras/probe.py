@@ -7,6 +7,7 @@ textured scene did not move the lens); the operator answers the first two.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from capture.cameras.profiles import CameraProfile, FocusDrive, profile_for, use
 from capture.cameras.worker import WorkerCamera
 from capture.decode import decode_image
 from capture.errors import UsageError
+from capture.output import write_text
 from capture.quality import FrameSummary, looks_unchanged, summarise
 
 WIDGETS = ("manualfocusdrive", "manualfocus")
@@ -64,13 +66,15 @@ def probe_focus(uri: str, *, ask: Ask) -> CameraProfile:
 
 
 def write_profile(profile: CameraProfile, path: Path | None) -> Path:
-    """Write a profile to `path`, or among the user's own; where it went."""
+    """Write a profile to `path`, or among the user's own, where an earlier one is kept beside it; where it went."""
+    text = yaml.safe_dump(profile.model_dump(mode="json", exclude_defaults=True), sort_keys=False, width=120)
     if path is None:
         name = "".join(letter if letter.isalnum() else "-" for letter in profile.match[0].lower())
         path = user_folder() / f"{name}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(profile.model_dump(mode="json", exclude_defaults=True), sort_keys=False, width=120)
-    path.write_text(f"# written by daif cameras --probe\n{text}", encoding="utf-8")
+        if path.exists():
+            path.rename(f"{path}.{time.strftime('%Y-%m-%dT%H-%M-%S', time.localtime(path.stat().st_mtime))}")
+    write_text(path, f"# written by daif cameras --probe\n{text}")
     return path
 
 

@@ -47,6 +47,16 @@ def test_import_one_folder(tmp_path, capsys):
     daif("import", tmp_path / "a", "-o", tmp_path / "out.h5", "--force")
 
 
+@pytest.mark.parametrize("name", ["f0.png", "stack.yaml", "../a/f1.png"])
+def test_import_writes_over_none_of_its_inputs(tmp_path, name):
+    folder = folder_of(tmp_path / "a", 2)
+    (folder / "stack.yaml").write_text("frames: [{file: f0.png}, {file: f1.png}]\n")
+    before = (folder / name).read_bytes()
+    with pytest.raises(UsageError, match="one of the files that are read"):
+        daif("import", folder, "-o", folder / name, "--force")
+    assert (folder / name).read_bytes() == before
+
+
 def test_import_many_folders_names_the_bad_and_does_the_rest(tmp_path, capsys):
     folders = [folder_of(tmp_path / "a", 2), folder_of(tmp_path / "b", 1), folder_of(tmp_path / "c", 2)]
     with pytest.raises(SomeFailedError, match="1 of 3 folders failed"):

@@ -179,9 +179,45 @@ def test_command_prints_plan_and_writes_it(tmp_path):
     assert "blur step px" in table.stdout
 
 
+def test_command_overwrites_nothing_unasked(tmp_path):
+    words = ["plan", "--near", "1", "--far", "4", "--count", "5", "-o"]
+    notes = tmp_path / "notes.txt"
+    notes.write_text("precious")
+    for place, says in (
+        (notes, "exists already; choose another name, or overwrite it with --force"),
+        (tmp_path, "is a folder"),
+        (tmp_path / "none" / "plan.yaml", "none does not exist; create it"),
+    ):
+        done = run_daif(*words, str(place))
+        assert (done.exit_code, done.stdout) == (2, "")
+        assert says in done.stderr
+        assert done.stderr.count("\n") == 1
+    assert notes.read_text() == "precious"
+    assert run_daif(*words, str(notes), "--force").exit_code == 0
+    assert len(FocusSweep.read(notes)) == 5
+    assert list(tmp_path.iterdir()) == [notes]
+    done = run_daif("cameras", "--probe", "gphoto2:", "-o", str(notes))
+    assert done.exit_code == 2
+    assert "notes.txt exists already" in done.stderr
+
+
+def test_a_profile_probed_again_keeps_the_earlier_one(tmp_path, monkeypatch):
+    from capture.cameras.probe import write_profile
+    from capture.cameras.profiles import CameraProfile, read_profile
+
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    profiles = [CameraProfile(match=("Acme 1",), notes=notes) for notes in ("first", "second")]
+    path = write_profile(profiles[0], None)
+    assert write_profile(profiles[1], None) == path
+    assert read_profile(path) == profiles[1]
+    (earlier,) = set(path.parent.iterdir()) - {path}
+    assert "first" in earlier.read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        (["--near", "0.04", "--far", "2", "--lens", "50mm f/8 12um", "--count", "3"], "can be focused that close"),
         (["--near", "1"], "--far M"),
         (["--near", "1", "--far", "2"], "--lens"),
         (["--near", "1", "--far", "2", "--count", "3", "--spacing", "dioptr"], "did you mean 'dioptre'"),
