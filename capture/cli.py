@@ -182,6 +182,8 @@ def _stack_warnings(stack: FocalStack) -> list[str]:
     clipped = stack.clipped_fraction[stack.clipped_fraction > 0.01]
     if len(clipped):
         found.append(f"{len(clipped)} frames have more than 1 % clipped values, up to {100 * clipped.max():.1f} %")
+    if stack.distance_problem:
+        found.append(stack.distance_problem)
     unknown = np.isnan(stack.focus_distance_m)
     if unknown.any() and not unknown.all():
         some = ", ".join(str(i) for i in stack.frame_index[unknown][:8])

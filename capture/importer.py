@@ -26,10 +26,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from capture.config import load_yaml
 from capture.decode import RAW_SUFFIXES, Decoded, decode_image, is_image_name
 from capture.errors import DataError, UsageError
-from capture.exif import NIKON_STEP, Exif, from_sensor_plane, read_files
+from capture.exif import Exif, from_sensor_plane, read_files
 from capture.lens import Lens
 from capture.plan import read_lens
-from capture.stack import FocusUnit, StackWriter, Transfer, distance_problem
+from capture.stack import FocusUnit, StackWriter, Transfer, distance_problem, spread_ties
 
 STACK_FILE = "stack.yaml"
 
@@ -171,33 +171,6 @@ def import_folder(
 def natural_key(name: str) -> list[tuple[int, int | str]]:
     """Sort key under which `frame_10` follows `frame_9`."""
     return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", name.lower()) if part]
-
-
-def spread_ties(distance_m: Sequence[float], step: float = NIKON_STEP) -> list[float]:
-    """`distance_m` with runs of one quantised value spread evenly inside its quantisation step, order kept.
-
-    Args:
-        distance_m: (S,) in the order of the sweep, NaN unknown.
-        step: relative size of a quantisation step; a run stays within half a step of its value.
-
-    A sweep in which all frames report one value says nothing about their distances: those become NaN.
-    """
-    values = np.asarray(distance_m, np.float64)
-    known = values[np.isfinite(values)]
-    if len(known) > 1 and known.min() == known.max():
-        return [math.nan] * len(values)
-    rising = len(known) < 2 or known[-1] > known[0]
-    spread = values.copy()
-    start = 0
-    for end in range(1, len(values) + 1):
-        if end < len(values) and values[end] == values[start]:
-            continue
-        n = end - start
-        if n > 1 and math.isfinite(values[start]):
-            places = (np.arange(n) + 0.5) / n - 0.5  # of a step, around the reported value
-            spread[start:end] *= (1.0 + step) ** (places if rising else -places)
-        start = end
-    return spread.tolist()
 
 
 # --- what is known before pixels are read

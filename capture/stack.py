@@ -25,6 +25,8 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
+import logging
+import math
 import os
 import re
 import shutil
@@ -42,9 +44,12 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from capture.errors import DaifError, DataError, NoSpaceError, UsageError
+from capture.exif import NIKON_STEP
 from capture.lease import Lease
 from capture.lens import Lens, LensProfile, metre_to_dioptre
 from capture.output import check_output, check_writable
+
+logger = logging.getLogger(__name__)
 
 Transfer = Literal["linear", "srgb", "rec709"]
 FocusUnit = Literal["step", "dioptre", "m", "driver"]
@@ -103,6 +108,7 @@ class FocalStack:
         complete: False for a stack that is still being written, or was cut off.
         status: (n_planned,) 0 pending, 1 ok, 2 failed; frame_index: (S,) place of each frame in the plan.
         focus_distance_m: (S,) from the front principal plane; NaN unknown, inf allowed; focus_dpt its reciprocal.
+        distance_problem: None, or why these are not what an unfinished stack has stored; see `usable_distances`.
         focus_distance_std_m, focus_command, focus_position, exposure_time_s, f_number, iso, timestamp_s,
         settle_time_s, mean_level, clipped_fraction, focus_measure: (S,), NaN unknown.
         focus_unit: unit of focus_command and focus_position.
@@ -221,10 +227,10 @@ class FocalStack:
         return self._file.array(f"stack/{name}", (self.n_planned,), "f")[self.frame_index].astype(dtype)
 
     def _check_distances(self) -> None:
-        distances = self.focus_distance_m
-        problem = distance_problem(distances, [f"{i}" for i in self.frame_index])
-        if problem:
-            raise StackFormatError(f"{self.path}: /stack/focus_distance: {problem}")
+        distances, self.distance_problem = usable_distances(self.focus_distance_m, [f"{i}" for i in self.frame_index])
+        if self.distance_problem and self.complete:
+            raise StackFormatError(f"{self.path}: /stack/focus_distance: {self.distance_problem}")
+        self.focus_distance_m = distances
         self.focus_dpt: NDArray[np.float64] = metre_to_dioptre(distances)
 
     def _read_optics(self) -> None:
@@ -638,6 +644,45 @@ def distance_problem(distance_m: Sequence[float] | NDArray[np.float64], names: S
     return None
 
 
+def spread_ties(distance_m: Sequence[float], step: float = NIKON_STEP) -> list[float]:
+    """`distance_m` with runs of one quantised value spread evenly inside its quantisation step, order kept.
+
+    Args:
+        distance_m: (S,) in the order of the sweep, NaN unknown.
+        step: relative size of a quantisation step; a run stays within half a step of its value.
+
+    A sweep in which all frames report one value says nothing about their distances: those become NaN.
+    """
+    values = np.asarray(distance_m, np.float64)
+    known = values[np.isfinite(values)]
+    if len(known) > 1 and known.min() == known.max():
+        return [math.nan] * len(values)
+    rising = len(known) < 2 or known[-1] > known[0]
+    spread = values.copy()
+    start = 0
+    for end in range(1, len(values) + 1):
+        if end < len(values) and values[end] == values[start]:
+            continue
+        n = end - start
+        if n > 1 and math.isfinite(values[start]):
+            places = (np.arange(n) + 0.5) / n - 0.5  # of a step, around the reported value
+            spread[start:end] *= (1.0 + step) ** (places if rising else -places)
+        start = end
+    return spread.tolist()
+
+
+def usable_distances(distance_m: NDArray[np.float64], names: Sequence[str]) -> tuple[NDArray[np.float64], str | None]:
+    """What can be made of distances that a camera reported, and what was wrong with them, or None.
+
+    Repeats are spread inside their quantisation step; distances that are no sweep even then count as unknown, all NaN.
+    """
+    problem = distance_problem(distance_m, names)
+    if problem is None:
+        return distance_m, None
+    spread = np.array(spread_ties(distance_m))
+    return (spread if distance_problem(spread, names) is None else np.full(len(distance_m), np.nan)), problem
+
+
 # --- writing
 
 
@@ -650,6 +695,7 @@ class StackWriter:
     Attributes:
         path: the final name; partial_path: what is being written.
         n_frames, height, width, channels, dtype, transfer, white_level: as given to `create`.
+        distance_problem: after `finish`, None or what was wrong with the focus distances.
     """
 
     def __init__(self, path: Path, file: h5py.File, lease: Lease, *, sync: bool) -> None:
@@ -662,6 +708,7 @@ class StackWriter:
         self.transfer = cast(Transfer, _plain(frames.attrs["transfer_function"]))
         self.white_level = float(frames.attrs["white_level"])
         self._frame_bytes = self.height * self.width * self.channels * self.dtype.itemsize
+        self.distance_problem: str | None = None
         self.uuid = str(_plain(file.attrs["uuid"]))
         self._events_end = len(np.asarray(file["events"]).tobytes().rstrip(b"\0"))
 
@@ -914,8 +961,11 @@ class StackWriter:
         Args:
             allow_missing: frames may be missing (a sweep that was stopped); two must be there anyway.
 
+        Focus distances that are no sweep do not keep frames from being used: `usable_distances` decides, an event keeps
+        what was reported, and `distance_problem` says what was wrong.
+
         Raises:
-            DataError: frames are missing, or the focus distances do not rise or fall throughout.
+            DataError: frames are missing.
         """
         status = self.status
         n_ok = int(np.count_nonzero(status == OK))
@@ -925,10 +975,7 @@ class StackWriter:
                 "needed to finish it; capture the rest with --resume"
             )
         file = self._open_file()
-        ok = np.flatnonzero(status == OK)
-        problem = distance_problem(file["stack/focus_distance"][:][ok], [f"{i}" for i in ok])
-        if problem:
-            raise DataError(f"{self.partial_path}: {problem}")
+        self._settle_distances(np.flatnonzero(status == OK))
         with _space(self.path, 0):
             file.attrs["complete"] = np.uint8(1)
             self._flush()
@@ -939,6 +986,29 @@ class StackWriter:
                 _fsync(self.path.parent)
         self._lease.release()
         return self.path
+
+    def _settle_distances(self, ok: NDArray[np.intp]) -> None:
+        """Make the distances of the frames `ok` what a reader accepts."""
+        stack = self._open_file()["stack"]
+        reported = stack["focus_distance"][:][ok]
+        used, self.distance_problem = usable_distances(reported, [f"{i}" for i in ok])
+        if self.distance_problem is None:
+            return
+        unknown = bool(np.isnan(used).all())
+        self.event(
+            "focus_distances_ignored" if unknown else "focus_distances_spread",
+            reason=self.distance_problem,
+            reported_m=reported.tolist(),
+            used_m=used.tolist(),
+        )
+        consequence = "they count as unknown" if unknown else "repeats are spread inside their rounding"
+        logger.warning("%s: %s; %s", self.path, self.distance_problem.partition(";")[0], consequence)
+        with _space(self.path, 0):
+            for i, distance_m in zip(ok, used, strict=True):
+                stack["focus_distance"][i] = distance_m
+                if unknown:
+                    stack["focus_distance_std"][i] = np.nan
+                    stack["focus_distance_source"][i] = b""
 
     def discard(self) -> None:
         """Close and delete the partial file."""
@@ -1045,6 +1115,8 @@ def write_stack(
     distances = np.full(n_frames, np.nan) if focus_distance_m is None else np.asarray(focus_distance_m, np.float64)
     if distances.shape != (n_frames,):
         raise ValueError(f"focus_distance_m must be ({n_frames},) to match frames, got {distances.shape}")
+    if problem := distance_problem(distances, [f"{i}" for i in range(n_frames)]):
+        raise DataError(f"{path}: {problem}")
     with StackWriter.create(
         path,
         n_frames=n_frames,

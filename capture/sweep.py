@@ -286,6 +286,8 @@ class _Runner:
                     self._take_all(cleanup)
                 assert self.writer is not None
                 final = self.writer.finish()
+                if self.writer.distance_problem:
+                    self.warnings.append(self.writer.distance_problem)
             except CameraError as error:
                 if not error.outcome:
                     error.outcome = self._outcome()

@@ -201,6 +201,41 @@ def test_a_stopped_sweep_can_be_finished_short(tmp_path):
         assert stack.n_frames == 2
 
 
+@pytest.mark.parametrize(
+    ("reported", "kind"),
+    [
+        ((1.0, 1.0, 2.0, 2.0), "spread"),
+        ((1.0, 1.0, 1.0, 1.0), "ignored"),
+        ((1.0, 2.0, 1.5, 3.0), "ignored"),
+        ((1.0, np.inf, np.inf, np.inf), "ignored"),
+    ],
+)
+def test_distances_that_are_no_sweep_keep_no_frames_from_being_used(tmp_path, reported, kind, caplog):
+    with small_writer(tmp_path / "a.h5", n_frames=4) as writer:
+        for i, distance_m in enumerate(reported):
+            writer.append(i, picture(i), focus_distance_m=distance_m, focus_distance_source="exif")
+    with FocalStack.open(tmp_path / "a.h5.partial", allow_partial=True) as stack:  # of a version that refused to finish
+        assert re.search("duplicate|turn", stack.distance_problem)
+        partial_m = stack.focus_distance_m
+    with StackWriter.resume(tmp_path / "a.h5") as writer:
+        writer.finish()
+    assert "a.h5: " in caplog.text
+    with FocalStack.open(tmp_path / "a.h5", deep=True) as stack:
+        assert stack.n_frames == 4
+        assert stack.distance_problem is None
+        np.testing.assert_array_equal(stack.focus_distance_m, partial_m)
+        assert stack.events[-1]["kind"] == f"focus_distances_{kind}"
+        assert stack.events[-1]["reported_m"] == list(reported)
+        if kind == "spread":
+            assert np.all(np.diff(stack.focus_distance_m) > 0)
+            np.testing.assert_allclose(stack.focus_distance_m, reported, rtol=0.03)
+            assert stack.focus_distance_source == ["exif"] * 4
+        else:
+            assert not stack.is_metric
+            assert np.isnan(stack.focus_distance_m).all()
+            assert stack.focus_distance_source == [""] * 4
+
+
 def test_the_cameras_own_files_are_kept_beside_the_stack(tmp_path):
     import hashlib
 

@@ -126,6 +126,22 @@ def test_the_cameras_own_files_are_kept(tmp_path):
             np.testing.assert_array_equal(decode_image(tmp_path / name).pixels, stack.raw(i))
 
 
+def test_a_camera_that_reports_one_distance_twice_still_delivers_its_sweep(tmp_path):
+    class Rounds(SimulatedCamera):
+        def grab(self, timeout_s):
+            frame = super().grab(timeout_s)
+            frame.focus_distance_m, frame.focus_distance_source = round(frame.focus_distance_m, 1), "exif"
+            return frame
+
+    device = Rounds(SCENE, behaviour=Behaviour(noise=0.01, max_coc_px=12.0))
+    near_m = round(1.05 / device.near_dpt, 1) + 0.06
+    result = run_sweep(device, explicit_sweep((near_m, near_m + 0.04, near_m + 0.9)), tmp_path / "a.h5")
+    assert any("duplicate focus distance" in text for text in result.warnings)
+    with FocalStack.open(result.path) as stack:
+        assert stack.is_metric
+        assert np.all(np.diff(stack.focus_distance_m) > 0)
+
+
 def test_live_view_is_switched_on_where_the_lens_needs_it(tmp_path):
     assert run_sweep(camera(live_view=True), STEPS, tmp_path / "a.h5").n_frames == 5
 
