@@ -314,12 +314,17 @@ def _capture(
     from capture.board import BoardDescription
     from capture.cameras import open_camera
     from capture.cameras.base import ExposureSettings
-    from capture.cameras.gphoto import parse_number
     from capture.cameras.profiles import read_profile
     from capture.config import load_yaml
     from capture.plan import FocusSweep, read_lens
     from capture.sweep import StopRequest, SweepOptions, run_sweep, stored_plan
 
+    exposure_s = None if exposure is None else _seconds(exposure)
+    for option, value in (("--iso", iso), ("--f-number", f_number), ("--timeout", timeout)):
+        if value is not None and not 0 < value < math.inf:
+            raise UsageError(f"{option} {value:g} must be a number above 0")
+    if settle is not None and not settle < math.inf:
+        raise UsageError(f"--settle {settle:g} must be a number of seconds, such as 0.5")
     if plan is None and not resume:
         raise UsageError("say which frames to take: --plan plan.yaml (daif plan -o plan.yaml), or --resume")
     sweep = FocusSweep.read(plan) if plan is not None else stored_plan(output)
@@ -328,9 +333,6 @@ def _capture(
     if dry_run:
         typer.echo(_dry_run_text(sweep, optic, camera, output))
         return
-    exposure_s = parse_number(exposure) if exposure else None
-    if exposure and not exposure_s:
-        raise UsageError(f"--exposure {exposure!r} must be seconds, such as 1/60 or 0.5")
     device = open_camera(
         camera,
         profile=read_profile(camera_profile) if camera_profile else None,
@@ -484,6 +486,18 @@ def _number(word: str, option: str) -> float:
         return float(word)
     except ValueError:
         raise UsageError(f"{option}: {word.strip()!r} is not a number") from None
+
+
+def _seconds(text: str) -> float:
+    """Seconds of --exposure: a number, or a fraction of two."""
+    over, slash, under = text.partition("/")
+    try:
+        parts = float(over), float(under) if slash else 1.0
+    except ValueError:
+        parts = math.nan, math.nan
+    if not all(0 < part < math.inf for part in parts):
+        raise UsageError(f"--exposure {text!r} must be seconds above 0 without a unit, such as 1/60 or 0.5")
+    return parts[0] / parts[1]
 
 
 def _choice(word: str, option: str, choices: tuple[str, ...]) -> Any:

@@ -23,6 +23,7 @@ from capture.cameras.base import (
     FocusStuck,
 )
 from capture.cameras.simulated import FAULTS, Behaviour, SimulatedCamera
+from capture.cli import _seconds
 from capture.errors import DataError, LockedError, NoSpaceError, UsageError
 from capture.lease import Lease
 from capture.plan import FocusSweep, command_sweep, explicit_sweep
@@ -472,6 +473,35 @@ def test_command_captures_resumes_and_speaks_clearly(tmp_path):
     again = run_daif("capture", "--camera", uri, "--plan", plan, "-o", stack)
     assert again.exit_code == 2
     assert "--force" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [(".5", 0.5), ("1e-3", 1e-3), ("1/60.5", 1 / 60.5), ("1/60", 1 / 60), ("0.5", 0.5), ("30", 30)]
+)
+def test_exposure_times_are_read_as_they_are_written(text, seconds):
+    assert _seconds(text) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("text", ["10ms", "-1", "0", "", "1/0", "1/", "/60", "nan", "inf", "1/inf", "1/60/2", "-1/-60"])
+def test_exposure_times_that_cannot_be_meant_are_refused(text):
+    with pytest.raises(UsageError, match="must be seconds above 0"):
+        _seconds(text)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("--exposure", "10ms"), ("--iso", "-100"), ("--iso", "nan"), ("--f-number", "0"), ("--f-number", "inf"),
+     ("--settle", "inf"), ("--timeout", "inf")],
+)  # fmt: skip
+def test_command_refuses_impossible_settings(tmp_path, words):
+    plan = tmp_path / "plan.yaml"
+    STEPS.write(plan)
+    uri = "simulated:procedural-3?width=64&relative=1&max_coc_px=8"
+    done = run_daif("capture", "--camera", uri, "--plan", str(plan), "-o", str(tmp_path / "a.h5"), *words)
+    assert done.exit_code == 2, done
+    assert done.stderr.startswith(f"daif: {words[0]} ")
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [plan]
 
 
 # --- checks of single frames
