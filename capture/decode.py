@@ -174,7 +174,7 @@ def _check_png(data: bytes, name: str) -> None:
 
 
 def _check_tiff(data: bytes, name: str) -> None:
-    """Checks the size and that every strip or tile lies inside the file."""
+    """Checks the size, that every strip or tile lies inside the file, and that OpenCV reads this layout of values."""
     tags = read_tags(data)
     width, height = tags.get(256), tags.get(257)
     if not isinstance(width, int) or not isinstance(height, int):
@@ -182,9 +182,31 @@ def _check_tiff(data: bytes, name: str) -> None:
     _check_pixels(width, height, name)
     for offsets, counts in ((273, 279), (324, 325)):
         starts, lengths = (tags.get(tag, []) for tag in (offsets, counts))
-        starts, lengths = ([value] if isinstance(value, int) else value for value in (starts, lengths))
+        starts, lengths = (
+            [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, int)]
+            for value in (starts, lengths)
+        )
         if any(start + length > len(data) for start, length in zip(starts, lengths, strict=False)):
             raise DataError(f"{name} is truncated, part of the TIFF data is missing; copy or export it again")
+
+    bits, samples, kind, planes = (_integer(tags.get(tag)) for tag in (258, 277, 262, 284))
+    if bits > 8:  # values that OpenCV takes as they stand in the file
+        if kind not in (1, 2):
+            raise DataError(
+                f"{name}: expected 16-bit values that grow with light, grey or RGB, found PhotometricInterpretation "
+                f"{kind}; export it as 16-bit RGB TIFF"
+            )
+        if samples > 1 and planes == 2:
+            raise DataError(
+                f"{name}: expected 16-bit colours side by side, found one plane per colour (PlanarConfiguration 2); "
+                "export it with interleaved channels"
+            )
+
+
+def _integer(value: Any) -> int:
+    """Of a tag, or of its first value; 1, which is TIFF's default for most, where there is none."""
+    value = value[0] if isinstance(value, list) and value else value
+    return value if isinstance(value, int) else 1
 
 
 def _decode_raw(data: bytes, name: str, white_balance: Sequence[float] | None, half_size: bool) -> Decoded:

@@ -52,7 +52,8 @@ class Exif:
     """Optics and exposure of one photograph; numbers are NaN, texts empty, where the file says nothing.
 
     `width_px` is the width at which the camera stored it, which a resized copy usually still carries.
-    `sensor_width_m` comes with `sensor_width_source`: specification sheet, focal-plane resolution or 35 mm equivalent.
+    `sensor_width_m`, the sensor's long side whichever way the picture stands, comes with `sensor_width_source`:
+    specification sheet, focal-plane resolution or 35 mm equivalent.
     `focus_distance_m` is counted from the sensor plane, as cameras do; `from_sensor_plane` converts.
     """
 
@@ -172,7 +173,7 @@ def read_tags(tiff: bytes) -> dict[int, Any]:
 
 def _directory(tiff: bytes, order: str, offset: int) -> dict[int, Any]:
     tags: dict[int, Any] = {}
-    if offset + 2 > len(tiff):
+    if not 0 <= offset <= len(tiff) - 2:
         return tags
     (count,) = struct.unpack_from(order + "H", tiff, offset)
     for i in range(count):
@@ -221,16 +222,19 @@ def _subject_distance(value: Any) -> float:
 def _sensor_width(
     tags: dict[int, Any], model: str, focal_m: float, equivalent_m: float, width_px: float
 ) -> tuple[float, str]:
-    """(sensor width in metres, where it comes from), the most trustworthy source first."""
+    """(the sensor's long side in metres, where it comes from), the most trustworthy source first."""
     if model in SENSOR_WIDTHS_MM:
         return SENSOR_WIDTHS_MM[model] * 1e-3, "specification"
-    unit_m = {2: 0.0254, 3: 0.01, 4: 1e-3}.get(tags.get(0xA210, 2), math.nan)
-    width_m = width_px / _positive(tags.get(0xA20E)) * unit_m
+    height_px = _positive(tags.get(0xA003))
+    upright = height_px > width_px
+    long_px, short_px = (height_px, width_px) if upright else (width_px, height_px)
+    across, up = (_positive(tags.get(tag)) for tag in (0xA20E, 0xA20F))
+    unit_m = {2: 0.0254, 3: 0.01, 4: 1e-3}.get(_positive(tags.get(0xA210, 2)), math.nan)
+    width_m = long_px / (up if upright and up > 0 else across) * unit_m
     if MIN_SENSOR_M < width_m < MAX_SENSOR_M:
         return width_m, "focal-plane resolution"
-    height_px = _positive(tags.get(0xA003))
     # 35 mm equivalence compares diagonals; that of 36 x 24 mm is 43.27 mm
-    width_m = 0.04327 * focal_m / equivalent_m / math.hypot(1.0, height_px / width_px)
+    width_m = 0.04327 * focal_m / equivalent_m / math.hypot(1.0, short_px / long_px)
     if MIN_SENSOR_M < width_m < MAX_SENSOR_M:
         return width_m, "35 mm equivalent"
     return math.nan, ""
@@ -244,7 +248,8 @@ def read_files(paths: Sequence[Path]) -> list[Exif]:
     found = []
     for path, notes in zip(paths, _maker_notes(paths), strict=True):
         with path.open("rb") as file:
-            standard = read_exif(file.read(1 << 20))  # the blocks stand at the front
+            data = file.read(1 << 20)  # the blocks of JPEG and PNG stand at the front
+            standard = read_exif(data + file.read() if is_tiff(data) else data)
         found.append(merge_maker_notes(standard, notes))
     return found
 

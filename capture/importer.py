@@ -291,7 +291,7 @@ def _optics(sweep: _Sweep, width: int, height: int) -> tuple[Lens | None, str | 
             raise DataError(f"{sweep.folder / STACK_FILE}: {problem}")
         return optic, None, info
     focal_m, f_number = (_common([getattr(one, name) for one in exif]) for name in ("focal_length_m", "f_number"))
-    pitch_m = exif[0].sensor_width_m / max(width, height)  # sensors are wider than high; pictures may stand upright
+    pitch_m = exif[0].sensor_width_m / max(width, height)  # both of the long side; pictures may stand upright
     if any(math.isnan(number) for number in (focal_m, f_number, pitch_m)):
         return None, None, info
     info |= {"source": "exif", "pixel_pitch_source": exif[0].sensor_width_source}

@@ -220,6 +220,31 @@ def test_a_missing_file_is_named(tmp_path):
         decode_image(tmp_path / "a.png")
 
 
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize(
+    ("layout", "says"),
+    [
+        ({"photometric": "rgb", "planarconfig": "separate"}, "PlanarConfiguration 2"),
+        ({"photometric": "miniswhite"}, "PhotometricInterpretation 0"),
+        ({"photometric": "rgb"}, None),
+        ({"photometric": "minisblack"}, None),
+    ],
+)
+def test_unusual_tiff_is_read_right_or_refused(tmp_path, picture, bits, layout, says):
+    tifffile = pytest.importorskip("tifffile")
+    expected = picture.astype(np.uint16) * 257 if bits == 16 else picture
+    if layout["photometric"] != "rgb":
+        expected = expected[..., :1]
+    stored = np.moveaxis(expected, 2, 0) if "planarconfig" in layout else expected.squeeze()
+    stored = np.iinfo(stored.dtype).max - stored if layout["photometric"] == "miniswhite" else stored
+    tifffile.imwrite(tmp_path / "a.tif", stored, **layout)
+    if bits == 16 and says:
+        with pytest.raises(DataError, match=rf"a\.tif: expected 16-bit .*{says}.*; export it"):
+            decode_image(tmp_path / "a.tif")
+    else:
+        np.testing.assert_array_equal(decode_image(tmp_path / "a.tif").pixels, expected)
+
+
 def test_floating_tiff_is_refused(tmp_path):
     tifffile = pytest.importorskip("tifffile")
     tifffile.imwrite(tmp_path / "a.tif", np.zeros((4, 5, 3), np.float32), photometric="rgb")

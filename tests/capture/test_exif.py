@@ -7,10 +7,13 @@ import struct
 from fractions import Fraction
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
 from capture.exif import Exif, exif_block, from_sensor_plane, merge_maker_notes, read_exif, read_files, read_tags
+from capture.importer import import_folder
+from capture.stack import FocalStack
 
 SHARED = Path(__file__).parents[2] / ".." / "shared" / "data" / "exif"
 EXPECTED = SHARED / "expected.json"
@@ -105,6 +108,55 @@ def test_focal_plane_resolution_gives_the_sensor_width():
     found = read_exif(jpeg_with(tiff(TAGS | {0xA20E: Fraction(6000 * 254, 10 * 36)})))  # pixels per inch of 36 mm
     assert found.sensor_width_m == pytest.approx(0.036, rel=1e-3)
     assert found.sensor_width_source == "focal-plane resolution"
+
+
+@pytest.mark.parametrize(
+    "tags",
+    [{0xA20E: Fraction(6000 * 254, 10 * 36), 0xA20F: Fraction(6000 * 254, 10 * 36)},
+     {0xA20E: Fraction(6000 * 254, 10 * 36)},
+     {0xA405: 50}, {0x0110: "NIKON D3100"}],
+)  # fmt: skip
+def test_the_sensor_is_as_large_in_an_upright_picture(tags):
+    lying = read_exif(jpeg_with(tiff(TAGS | tags)))
+    upright = read_exif(jpeg_with(tiff(TAGS | tags | {0xA002: 4000, 0xA003: 6000})))
+    assert upright.sensor_width_m == pytest.approx(lying.sensor_width_m)
+    assert upright.sensor_width_source == lying.sensor_width_source
+
+
+def test_pixels_of_an_upright_and_a_lying_picture_have_one_pitch(tmp_path):
+    facts = TAGS | {0xA20E: Fraction(64 * 254, 10 * 36), 0xA20F: Fraction(64 * 254, 10 * 36)}
+    pitches = []
+    for name, width, height in (("lying", 64, 48), ("upright", 48, 64)):
+        (tmp_path / name).mkdir()
+        block = tiff(facts | {0xA002: width, 0xA003: height})
+        for i in range(2):
+            image = np.random.default_rng(i).integers(0, 255, (height, width, 3), np.uint8)
+            jpeg = cv2.imencode(".jpg", image)[1].tobytes()
+            segment = b"\xff\xe1" + struct.pack(">H", len(block) + 8) + b"Exif\0\0" + block
+            (tmp_path / name / f"{i}.jpg").write_bytes(jpeg[:2] + segment + jpeg[2:])
+        with FocalStack.open(import_folder(tmp_path / name, tmp_path / f"{name}.h5")) as stack:
+            pitches.append(stack.lens.pixel_pitch_m)
+    assert pitches == pytest.approx([0.036 / 64] * 2)
+
+
+@pytest.mark.parametrize("n_values", [0, 2])
+def test_a_resolution_unit_that_is_no_number_is_skipped(n_values):
+    entry = struct.pack("<HHI", 0xA210, 3, n_values) + struct.pack("<HH", 2, 2)
+    assert read_exif(jpeg_with(b"II*\0" + struct.pack("<IH", 8, 1) + entry + bytes(4))).width_px != 0
+
+
+@pytest.mark.parametrize("pointer", [-10, -500])
+def test_a_negative_pointer_is_skipped(pointer):
+    entry = struct.pack("<HHIi", 0x8769, 9, 1, pointer)
+    assert read_exif(jpeg_with(b"II*\0" + struct.pack("<IH", 8, 1) + entry + bytes(4))).model == ""
+
+
+def test_a_directory_at_the_end_of_a_large_tiff_is_read(tmp_path):
+    place = 3 << 20
+    directory = struct.pack("<HHHII", 1, 0x8769, 4, 1, place + 18) + bytes(4)
+    directory += struct.pack("<HHHII", 1, 0x8827, 3, 1, 400) + bytes(4)
+    (tmp_path / "a.tif").write_bytes((b"II*\0" + struct.pack("<I", place)).ljust(place, b"\0") + directory)
+    assert read_files([tmp_path / "a.tif"])[0].iso == 400
 
 
 def test_files_without_exif_say_nothing():
