@@ -64,6 +64,7 @@ REOPEN_WAITS_S = (0.0, 1.0, 2.0, 4.0, 8.0)  # a body that was unplugged needs so
 STILL_POLL_S = 0.05
 DRIFT_WARN, DRIFT_STOP = 0.05, 0.20  # relative change of mean linear brightness against the first frame
 CLIPPED_WARN = 0.02
+SAME_EXPOSURE = 0.06  # of a logarithm, as between what is asked of a camera and its nearest choice
 UNCHANGED_STOP = 3  # moves in a row that changed nothing that could be seen
 DARK_LEVEL = 1e-3
 
@@ -257,6 +258,7 @@ class _Runner:
         self.sharpness: dict[int, float] = {}
         self.unchanged: list[int] = []
         self.white_balance: tuple[float, ...] | None = None  # of RAW files: every frame is developed like the first
+        self.begun: Begun | None = None  # of a resumed stack, until it is compared with the camera
         self.warnings: list[str] = []
         self.early_events: list[tuple[str, dict[str, Any]]] = []  # of the time before there is a stack
 
@@ -267,8 +269,8 @@ class _Runner:
         with contextlib.ExitStack() as cleanup:
             if resume:
                 self.sweep = planned(self.path, self.sweep)
-                self.first_level = first_level(self.path) if partial_path(self.path).exists() else None
                 self.writer = cleanup.enter_context(StackWriter.resume(self.path, plan=self._plan_data()))
+                self._continue(read_begun(self.path))
             else:
                 self._check_target()
             cleanup.callback(self.camera.close)
@@ -296,6 +298,37 @@ class _Runner:
                 number = self.stop.signal_number or signal.SIGINT
                 raise SweepInterrupted(f"stopped at once; {self._outcome()}", number) from None
         return SweepResult(final, len(self.sweep), time.monotonic() - began, self.warnings)
+
+    def _continue(self, begun: Begun) -> None:
+        """Take over what a resumed stack was begun with, and refuse another lens."""
+        self.first_level, self.white_balance, self.begun = begun.first_level, begun.white_balance, begun
+        if self.lens is None:
+            self.lens = begun.lens
+        elif self.lens != begun.lens:
+            had = "no lens" if begun.lens is None else "another lens"
+            raise UsageError(
+                f"{partial_path(self.path)} was begun with {had}; resume without --lens, or start a new stack"
+            )
+
+    def _check_like_begun(self, info: CameraInfo, locked: ExposureSettings) -> None:
+        """Refuse to continue a stack with another camera or another exposure."""
+        begun, self.begun = self.begun, None
+        if begun is None:
+            return
+        partial = partial_path(self.path)
+        # a camera without a maker, such as a webcam, is named after its socket, which may change
+        if info.make and begun.model not in ("", info.model):
+            raise UsageError(
+                f"{partial} was begun with the camera {begun.model} and this is {info.model}; connect that one, or "
+                "start a new stack"
+            )
+        for name, option in (("exposure_time_s", "--exposure"), ("iso", "--iso"), ("f_number", "--f-number")):
+            before, now = getattr(begun.exposure, name), getattr(locked, name)
+            if before and now and abs(math.log(now / before)) > SAME_EXPOSURE:
+                raise UsageError(
+                    f"{partial} was begun with {name} {before:.4g} and the camera is at {now:.4g}; resume with "
+                    f"{option} {before:.6g}, or start a new stack"
+                )
 
     def _take_all(self, cleanup: contextlib.ExitStack) -> None:
         for index in self._order():
@@ -393,6 +426,7 @@ class _Runner:
             self.limits = self.camera.focus_range()
         self.targets = positions_for(self.sweep, self.info, self.limits, self.lens)
         locked = self.camera.lock_exposure(self.options.exposure)
+        self._check_like_begun(self.info, locked)
         self._event("exposure_locked", **vars(locked))
         if capabilities.needs_live_view:
             self.camera.set_live_view(True)
@@ -759,7 +793,13 @@ class _Runner:
             white_level=image.white_level,
             focus_unit=info.capabilities.focus_unit,
             lens=lens,
-            camera={"make": info.make, "model": info.model, "serial_number": info.serial, "driver": info.driver},
+            camera={
+                "make": info.make,
+                "model": info.model,
+                "serial_number": info.serial,
+                "driver": info.driver,
+                **({"raw_white_balance": image.white_balance} if image.white_balance else {}),
+            },
             profile_yaml=self.lens.to_yaml() if isinstance(self.lens, LensProfile) else None,
             plan=self._plan_data(),
             board=self.options.board,
@@ -822,12 +862,38 @@ def planned(path: Path, sweep: FocusSweep) -> FocusSweep:
     return stored_plan(path) if sweep.spacing == "adaptive" else sweep
 
 
-def first_level(path: Path) -> float | None:
-    """Mean linear brightness of the first frame that the partial stack of `path` has, None if it has none."""
+@dataclass(frozen=True)
+class Begun:
+    """What an unfinished stack was begun with, which the rest of it must share.
+
+    `first_level` is the mean linear brightness of its first frame and `white_balance` the gains of its RAW files, None
+    if there are none.
+    """
+
+    model: str
+    lens: Lens | LensProfile | None
+    exposure: ExposureSettings
+    first_level: float | None
+    white_balance: tuple[float, ...] | None
+
+
+def read_begun(path: Path) -> Begun:
+    """What the partial stack of `path` was begun with."""
     with FocalStack.open(partial_path(path), allow_partial=True) as stack:
-        if not stack.n_frames:
-            return None
-        return summarise(stack.raw(0), stack.transfer, stack.white_level).mean_level
+        level = None
+        if stack.n_frames:
+            level = summarise(stack.raw(0), stack.transfer, stack.white_level).mean_level
+        locked: dict[str, Any] = {}
+        with contextlib.suppress(DataError):  # the log of a process that was killed may end within a line
+            locked = next((event for event in stack.events if event["kind"] == "exposure_locked"), {})
+        gains = stack.camera.get("raw_white_balance")
+        return Begun(
+            str(stack.camera.get("model", "")),
+            stack.profile or stack.lens,
+            ExposureSettings(**{name: locked.get(name) for name in ("exposure_time_s", "iso", "f_number")}),
+            level,
+            tuple(gains) if isinstance(gains, list) else None,
+        )
 
 
 # --- following a sweep that is still being captured

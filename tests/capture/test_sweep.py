@@ -1,5 +1,6 @@
 """Sweeps on the simulated camera: what is stored, what is survived, what the operator is told."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -33,6 +34,7 @@ from capture.stack import FocalStack, partial_path
 from capture.sweep import StopRequest, SweepInterrupted, SweepOptions, follow, run_sweep, stored_plan
 from tests.capture.fault_table import fault_outcomes, print_table
 from tests.capture.run_cli import run_daif
+from tests.capture.test_lens import make_profile
 
 ROOT = Path(__file__).resolve().parents[2]
 SCENE = procedural_scene(3, 72, 96)
@@ -318,6 +320,79 @@ def test_a_resumed_sweep_completes_the_same_plan_only(tmp_path):
     assert order == [-1, 3, 4]
     with pytest.raises(DataError, match="nothing to resume"):
         run_sweep(camera(), STEPS, tmp_path / "a.h5", resume=True)
+
+
+def begun(path, **options):
+    """An unfinished stack of STEPS with three of five frames."""
+    with pytest.raises(CameraError):
+        run_sweep(camera(fault="storage_full@3x9"), STEPS, path, **options)
+
+
+def test_a_resumed_sweep_keeps_the_lens_profile_that_it_was_begun_with(tmp_path):
+    profile = make_profile()
+    begun(tmp_path / "a.h5", lens=profile)
+    for other in (make_profile(grade="relative"), camera().lens):
+        with pytest.raises(UsageError, match=r"a\.h5\.partial was begun with another lens; resume without --lens"):
+            run_sweep(camera(), STEPS, tmp_path / "a.h5", lens=other, resume=True)
+    result = run_sweep(camera(), STEPS, tmp_path / "a.h5", resume=True)
+    with FocalStack.open(result.path) as stack:
+        assert stack.focus_distance_source == ["calibrated"] * 5
+        np.testing.assert_allclose(stack.focus_dpt, profile.focus_dpt(np.array(list(STEPS))))
+    begun(tmp_path / "c.h5", lens=profile)
+    assert run_sweep(camera(), STEPS, tmp_path / "c.h5", lens=make_profile(), resume=True).n_frames == 5
+    begun(tmp_path / "b.h5")
+    with pytest.raises(UsageError, match="was begun with another lens"):  # the camera's own optics
+        run_sweep(camera(), STEPS, tmp_path / "b.h5", lens=profile, resume=True)
+    assert run_sweep(camera(), STEPS, tmp_path / "b.h5", lens=camera().lens, resume=True).n_frames == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"exposure_time_s": 0.02}, r"exposure_time_s 0\.01 and the camera is at 0\.02; resume with --exposure 0\.01"),
+        ({"iso": 800.0}, r"iso 100 and the camera is at 800; resume with --iso 100"),
+    ],
+)
+def test_a_resumed_sweep_refuses_another_exposure(tmp_path, change, says):
+    same = SweepOptions(exposure=ExposureSettings(exposure_time_s=0.01, iso=100.0))
+    begun(tmp_path / "a.h5", options=same)
+    device = camera()
+    with pytest.raises(UsageError, match=says):
+        run_sweep(
+            device, STEPS, tmp_path / "a.h5", resume=True, options=SweepOptions(exposure=ExposureSettings(**change))
+        )
+    assert device._frames_taken == 0
+    assert not device._open
+    assert run_sweep(camera(), STEPS, tmp_path / "a.h5", resume=True, options=same).n_frames == 5
+
+
+def test_a_resumed_sweep_refuses_another_camera(tmp_path):
+    class Other(SimulatedCamera):
+        def open(self):
+            return dataclasses.replace(super().open(), model="another")
+
+    begun(tmp_path / "a.h5")
+    other = Other(SCENE, behaviour=Behaviour(relative=True, noise=0.01, max_coc_px=12.0))
+    with pytest.raises(UsageError, match="begun with the camera simulated and this is another"):
+        run_sweep(other, STEPS, tmp_path / "a.h5", resume=True)
+
+
+def test_a_resumed_sweep_develops_raw_files_like_its_first_one(tmp_path, monkeypatch):
+    from capture import sweep
+    from capture.decode import decode_image
+
+    used = []
+    own = iter([(2.0, 1.0, 1.5, 1.0), *[(9.0, 9.0, 9.0, 9.0)] * 9])
+
+    def raw(data, *, name, white_balance):
+        used.append(white_balance or next(own))
+        return decode_image(data, name=name)._replace(white_balance=used[-1])
+
+    monkeypatch.setattr(sweep, "decode_image", raw)
+    with pytest.raises(CameraError):
+        run_sweep(camera(files="png", fault="storage_full@3x9"), STEPS, tmp_path / "a.h5")
+    run_sweep(camera(files="png"), STEPS, tmp_path / "a.h5", resume=True)
+    assert used == [(2.0, 1.0, 1.5, 1.0)] * 5
 
 
 # --- stopping
