@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,7 +40,7 @@ def _import(
     from capture.errors import DaifError, SomeFailedError
     from capture.importer import import_folder
 
-    into_folder = len(folders) > 1 or output.is_dir()
+    into_folder = len(folders) > 1 or os.path.isdir(output)
     if into_folder:
         if output.exists() and not output.is_dir():
             raise UsageError(f"{output} is a file; several folders need a folder after -o")

@@ -16,6 +16,7 @@ import hashlib
 import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -183,7 +184,7 @@ def _read_sweep(folder: Path) -> _Sweep:
         raise UsageError(f"{folder} is a file, a folder of photographs was expected")
     description = folder / STACK_FILE
     settings = load_yaml(description, StackFile) if description.exists() else StackFile()
-    entries = settings.frames or tuple(FrameEntry(file=name, focus_distance_source="") for name in _images(folder))
+    entries = settings.frames or tuple(FrameEntry(file=name, focus_distance_source="") for name in image_names(folder))
     if not entries:
         raise DataError(
             f"{folder} has no images (JPEG, PNG, TIFF or camera RAW); give the folder that holds the frames"
@@ -191,8 +192,8 @@ def _read_sweep(folder: Path) -> _Sweep:
     if len(entries) < 2:
         raise DataError(f"{folder} has one image, {entries[0].file}; a focal stack needs at least 2 frames")
     names = [entry.file for entry in entries]
-    for name in names:
-        if names.count(name) > 1:
+    for name, times in Counter(names).items():
+        if times > 1:
             raise DataError(f"{description}: {name} is listed twice; keep one")
         if not (folder / name).is_file():
             raise DataError(f"{folder / name}, named in {description}, does not exist; correct `file`")
@@ -221,7 +222,7 @@ def _or_nan(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _images(folder: Path) -> list[str]:
+def image_names(folder: Path) -> list[str]:
     """Names of the images of a folder, sorted as people count; a RAW file wins over the JPEG shot with it."""
     names = [path.name for path in folder.iterdir() if path.is_file() and is_image_name(path.name)]
     names = sorted((name for name in names if not name.startswith(".")), key=natural_key)

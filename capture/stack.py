@@ -47,7 +47,7 @@ from capture.errors import DaifError, DataError, NoSpaceError, UsageError
 from capture.exif import NIKON_STEP
 from capture.lease import Lease
 from capture.lens import Lens, LensProfile, metre_to_dioptre
-from capture.output import check_output, check_writable
+from capture.output import check_output
 
 logger = logging.getLogger(__name__)
 
@@ -177,10 +177,10 @@ class FocalStack:
             raise file.error("/stack/status", "0, 1 or 2", str(self.status.max()))
         if not self.complete and not allow_partial:
             n_ok = int(np.count_nonzero(self.status == OK))
-            raise StackFormatError(
-                f"{self.path} is incomplete, {n_ok} of {self.n_planned} frames are there; continue it with "
-                "`daif capture --resume`, or start again"
+            advice = (
+                "import it again" if self._is_import() else "continue it with `daif capture --resume`, or start again"
             )
+            raise StackFormatError(f"{self.path} is incomplete, {n_ok} of {self.n_planned} frames are there; {advice}")
         self.frame_index = np.flatnonzero(self.status == OK)
         self.n_frames = len(self.frame_index)
         if self.n_frames < 2 and not allow_partial:
@@ -190,6 +190,10 @@ class FocalStack:
         self.focus_unit = self._focus_unit()
         self._check_distances()
         self._read_optics()
+
+    def _is_import(self) -> bool:
+        """Whether photographs were imported: there is no sweep to continue."""
+        return "camera" in self._file.names("/") and self._file.attributes("camera").get("driver") == "import"
 
     def _read_frames_header(self) -> None:
         file = self._file
@@ -760,7 +764,9 @@ class StackWriter:
         path, dtype = Path(path), np.dtype(dtype)
         if dtype not in (np.uint8, np.uint16):
             raise ValueError(f"frames are stored as uint8 or uint16, not {dtype}")
-        if transfer not in get_args(Transfer) or channels not in (1, 3) or not 1 <= n_frames <= _MAX_FRAMES:
+        if n_frames > _MAX_FRAMES:
+            raise DataError(f"{path}: {n_frames} frames cannot be stored, {_MAX_FRAMES} at most; make several stacks")
+        if transfer not in get_args(Transfer) or channels not in (1, 3) or n_frames < 1:
             raise ValueError(f"transfer={transfer!r}, channels={channels}, n_frames={n_frames}")
         if not (0 < height <= _MAX_SIDE and 0 < width <= _MAX_SIDE):
             raise DataError(f"{path}: frames of {width} x {height} px cannot be stored; {_MAX_SIDE} px at most")
@@ -768,10 +774,8 @@ class StackWriter:
         lease = Lease(path)
         try:
             partial = partial_path(path)
-            if partial.exists() and not overwrite:
-                raise UsageError(
-                    f"{partial} holds an unfinished stack; continue it with --resume, or discard it with --force"
-                )
+            if not overwrite:
+                check_unfinished(path)
             needed = n_frames * height * width * channels * dtype.itemsize
             needed += sum(truth.size * 4 for truth in (truth_depth_m, truth_aif) if truth is not None)
             check_free_space(path.parent, needed + n_frames * 4096 + (1 << 20), path)
@@ -819,11 +823,11 @@ class StackWriter:
         path = Path(path)
         if path.suffix == ".partial":
             path = path.with_suffix("")
+        check_output(path, overwrite=True)
         partial = partial_path(path)
         if not partial.exists():
             found = f"{path} is complete" if path.exists() else "nothing was begun there"
             raise DataError(f"{partial} does not exist, so there is nothing to resume: {found}; leave out --resume")
-        check_writable(path.parent)
         lease = Lease(path)
         try:
             with FocalStack.open(partial, allow_partial=True) as stack:
@@ -1182,6 +1186,17 @@ def pack_stack(path: str | Path, out: str | Path, *, overwrite: bool = False) ->
 def partial_path(path: str | Path) -> Path:
     """Where the stack `path` is written until it is complete."""
     return Path(f"{path}.partial")
+
+
+def check_unfinished(path: Path) -> None:
+    """Raises UsageError if an unfinished stack stands where the stack `path` would be written."""
+    partial = partial_path(path)
+    if not partial.exists():
+        return
+    with contextlib.suppress(DataError), FocalStack.open(partial, allow_partial=True) as stack:
+        if stack.camera.get("driver") == "import":
+            raise UsageError(f"{partial} is left of an import that was stopped; discard it with --force")
+    raise UsageError(f"{partial} holds an unfinished stack; continue it with --resume, or discard it with --force")
 
 
 def file_sha256(path: Path) -> str:

@@ -54,7 +54,7 @@ from capture.quality import (
     summarise,
     tile_sharpness,
 )
-from capture.stack import FocalStack, StackWriter, check_free_space, partial_path
+from capture.stack import FocalStack, StackWriter, check_free_space, check_unfinished, partial_path
 
 logger = logging.getLogger(__name__)
 
@@ -347,12 +347,9 @@ class _Runner:
     def _check_target(self) -> None:
         """Refuse before the camera moves what would be refused after the first picture."""
         check_output(self.path, overwrite=self.options.overwrite)
-        partial = partial_path(self.path)
         with Lease(self.path):
-            if partial.exists() and not self.options.overwrite:
-                raise UsageError(
-                    f"{partial} holds an unfinished stack; continue it with --resume, or discard it with --force"
-                )
+            if not self.options.overwrite:
+                check_unfinished(self.path)
 
     def _order(self) -> list[int]:
         """Frames still to take, from near to far, so that the lens is always approached from the near side."""

@@ -29,7 +29,6 @@ from capture.cameras.base import (
     Transfer,
     UnsupportedControl,
 )
-from capture.decode import is_image_name
 from capture.errors import DataError
 from capture.lens import Lens
 
@@ -47,12 +46,12 @@ class ReplayCamera:
 
     def open(self) -> CameraInfo:
         from capture.config import load_yaml
-        from capture.importer import StackFile
+        from capture.importer import StackFile, image_names
 
         if not self.folder.is_dir():
             raise CameraNotFound(f"the folder {self.folder} to replay does not exist", stage="open")
         lens: Lens | None = None
-        self._files = sorted(path for path in self.folder.iterdir() if is_image_name(path.name))
+        self._files = [self.folder / name for name in image_names(self.folder)]
         self._unit, self._positions = "driver", np.arange(float(len(self._files)))
         self._transfer = "unknown"
         description = self.folder / "stack.yaml"

@@ -57,6 +57,13 @@ def test_import_writes_over_none_of_its_inputs(tmp_path, name):
     assert (folder / name).read_bytes() == before
 
 
+def test_import_refuses_a_name_that_no_disk_takes(tmp_path):
+    folder = folder_of(tmp_path / "a", 2)
+    for length in (250, 300):
+        with pytest.raises(UsageError, match="240 at most"):
+            daif("import", folder, "-o", tmp_path / ("x" * length))
+
+
 def test_import_many_folders_names_the_bad_and_does_the_rest(tmp_path, capsys):
     folders = [folder_of(tmp_path / "a", 2), folder_of(tmp_path / "b", 1), folder_of(tmp_path / "c", 2)]
     with pytest.raises(SomeFailedError, match="1 of 3 folders failed"):

@@ -13,7 +13,7 @@ from capture import exif, stack
 from capture.errors import DataError, NoSpaceError, UsageError
 from capture.exif import NIKON_STEP, Exif
 from capture.importer import import_folder, natural_key, spread_ties
-from capture.stack import FocalStack
+from capture.stack import FocalStack, StackWriter
 from tests.benchmarks.real_stacks import STACKS, write_stack_yaml
 
 LENS = {"focal_length_m": 0.05, "f_number": 2.8, "pixel_pitch_m": 1.2e-5}
@@ -339,11 +339,53 @@ def test_an_exif_lens_that_cannot_be_focused_so_close_is_left_out(folder, tmp_pa
 
 
 def test_raw_wins_over_the_jpeg_beside_it(tmp_path):
-    from capture.importer import _images
+    from capture.importer import image_names
 
     for name in ("DSC_2.JPG", "DSC_2.NEF", "DSC_10.JPG"):
         (tmp_path / name).write_bytes(b"x")
-    assert _images(tmp_path) == ["DSC_2.NEF", "DSC_10.JPG"]
+    assert image_names(tmp_path) == ["DSC_2.NEF", "DSC_10.JPG"]
+
+
+def test_a_replayed_folder_has_the_frames_that_import_would_take(tmp_path):
+    from capture.cameras.replay import ReplayCamera
+
+    for name in ("f2.png", "f10.png", "f1.png"):
+        save(tmp_path / name, picture(1))
+    (tmp_path / "._f1.png").write_bytes(b"of a Mac")
+    with ReplayCamera(tmp_path) as device:
+        device.open()
+        assert [device.focus_range().near, device.focus_range().far] == [0, 2]
+        taken = []
+        for place in range(3):
+            device.move_focus(place)
+            taken.append(device.grab(1.0).originals[0][0])
+    assert taken == ["f1.png", "f2.png", "f10.png"]
+
+
+def test_an_import_that_was_killed_is_not_said_to_be_resumable(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    for i in range(3):
+        save(tmp_path / "a" / f"{i}.png", picture(i))
+    with monkeypatch.context() as patch:
+        patch.setattr(StackWriter, "discard", StackWriter.close)  # killed: no time to clear up
+        patch.setattr(StackWriter, "finish", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            import_folder(tmp_path / "a", tmp_path / "o.h5")
+    with pytest.raises(UsageError, match=r"left of an import that was stopped; discard it with --force"):
+        import_folder(tmp_path / "a", tmp_path / "o.h5")
+    with pytest.raises(DataError, match="3 of 3 frames are there; import it again"):
+        FocalStack.open(tmp_path / "o.h5.partial")
+    import_folder(tmp_path / "a", tmp_path / "o.h5", overwrite=True)
+    assert not (tmp_path / "o.h5.partial").exists()
+
+
+def test_more_images_than_a_stack_holds_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("capture.stack._MAX_FRAMES", 2)
+    for i in range(3):
+        save(tmp_path / f"{i}.png", picture(i))
+    with pytest.raises(DataError, match=r"3 frames cannot be stored, 2 at most"):
+        import_folder(tmp_path, tmp_path / "o.h5")
+    assert not list(tmp_path.glob("o.h5*"))
 
 
 def test_natural_order():
