@@ -229,7 +229,7 @@ def _sensor_width(
     upright = height_px > width_px
     long_px, short_px = (height_px, width_px) if upright else (width_px, height_px)
     across, up = (_positive(tags.get(tag)) for tag in (0xA20E, 0xA20F))
-    unit_m = {2: 0.0254, 3: 0.01, 4: 1e-3}.get(_positive(tags.get(0xA210, 2)), math.nan)
+    unit_m = {2.0: 0.0254, 3.0: 0.01, 4.0: 1e-3}.get(_positive(tags.get(0xA210, 2)), math.nan)
     width_m = long_px / (up if upright and up > 0 else across) * unit_m
     if MIN_SENSOR_M < width_m < MAX_SENSOR_M:
         return width_m, "focal-plane resolution"

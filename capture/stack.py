@@ -683,7 +683,7 @@ def usable_distances(distance_m: NDArray[np.float64], names: Sequence[str]) -> t
     problem = distance_problem(distance_m, names)
     if problem is None:
         return distance_m, None
-    spread = np.array(spread_ties(distance_m))
+    spread = np.array(spread_ties(distance_m.tolist()), np.float64)
     return (spread if distance_problem(spread, names) is None else np.full(len(distance_m), np.nan)), problem
 
 

@@ -779,6 +779,14 @@ class _Runner:
         check_free_space(self.path.parent, needed, self.path)
         info = self._info
         lens = self.lens if isinstance(self.lens, Lens) else info.lens or self.sweep.lens
+        camera: dict[str, Any] = {
+            "make": info.make,
+            "model": info.model,
+            "serial_number": info.serial,
+            "driver": info.driver,
+        }
+        if image.white_balance:
+            camera["raw_white_balance"] = image.white_balance
         return StackWriter.create(
             self.path,
             n_frames=len(self.sweep),
@@ -790,13 +798,7 @@ class _Runner:
             white_level=image.white_level,
             focus_unit=info.capabilities.focus_unit,
             lens=lens,
-            camera={
-                "make": info.make,
-                "model": info.model,
-                "serial_number": info.serial,
-                "driver": info.driver,
-                **({"raw_white_balance": image.white_balance} if image.white_balance else {}),
-            },
+            camera=camera,
             profile_yaml=self.lens.to_yaml() if isinstance(self.lens, LensProfile) else None,
             plan=self._plan_data(),
             board=self.options.board,
