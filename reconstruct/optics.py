@@ -17,6 +17,11 @@ from capture.lens import LensProfile
 from capture.stack import FocalStack
 from reconstruct.export import Intrinsics
 
+# longer sides of the picture, over the whole sweep; on the sensor blur stays below aperture times magnification, 1 to 3
+# sensor widths with lenses that focus from macro to infinity (100 mm f/2.8 at 1:1, 90 mm f/3.5 at 2:1)
+WIDEST_BLUR = 4.0
+HARMLESS_PX = 250.0  # of blur, in pictures of any size
+
 Source = Literal["profile", "thin lens", "focus distances only", "uncalibrated"]
 
 
@@ -49,8 +54,8 @@ class StackOptics:
 def optics_of(stack: FocalStack, profile: LensProfile | None = None) -> StackOptics:
     """The optics of `stack`; `profile` (or the one stored in it) wins over the lens's nominal numbers.
 
-    Raises DataError if the lens cannot be focused where the frames say, or the profile does not fit the stack's size or
-    knows nothing of its focus positions.
+    Raises DataError if the lens cannot be focused where the frames say or would blur absurdly, or if the profile does
+    not fit the stack's size or knows nothing of its focus positions.
     """
     profile = profile or stack.profile
     if profile is not None:
@@ -91,6 +96,15 @@ def optics_of(stack: FocalStack, profile: LensProfile | None = None) -> StackOpt
     if problem:
         raise DataError(f"{stack.path}: {problem}")
     kappa = np.asarray(stack.lens.kappa_px_per_dpt(focus_dpt), dtype=np.float64)
+    widest_px = float(kappa.max() * np.ptp(focus_dpt))
+    if widest_px > max(HARMLESS_PX, WIDEST_BLUR * max(stack.height, stack.width)):
+        lens = stack.lens
+        near, far = (f"{d:g} m" for d in (stack.focus_distance_m.min(), stack.focus_distance_m.max()))
+        raise DataError(
+            f"{stack.path}: from {far} to {near}, this lens would blur over {widest_px:.0f} px in pictures of "
+            f"{stack.width} x {stack.height} px; correct focal_length_m ({lens.focal_length_m:g}; 50 mm is 0.050), "
+            f"f_number ({lens.f_number:g}), pixel_pitch_m ({lens.pixel_pitch_m:g}) or the distances"
+        )
     focal_px = float(np.median(stack.lens.image_distance_m(focus_dpt))) / stack.lens.pixel_pitch_m
     centre = (stack.width - 1) / 2, (stack.height - 1) / 2
     return StackOptics(

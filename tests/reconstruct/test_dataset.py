@@ -215,7 +215,7 @@ def test_too_little_room_to_keep_a_stack_is_one_sentence(tmp_path, stack_file):
 
 
 def test_stack_that_is_too_small_to_train_on_is_named(tmp_path):
-    lens = Lens(focal_length_m=0.05, f_number=2.0, pixel_pitch_m=2e-7)  # a slip: the blur spans thousands of pixels
+    lens = Lens(focal_length_m=0.05, f_number=2.0, pixel_pitch_m=3e-6)  # a slip: the blur spans hundreds of pixels
     frames = np.random.default_rng(0).random((3, 64, 80, 3)).astype(np.float32)
     write_stack(tmp_path / "s.h5", frames, focus_distance_m=[1.0, 1.5, 2.0], lens=lens, transfer="linear")
     with pytest.raises(DataError, match=r"s\.h5: 80 x 64 px, trained on at .*check pixel_pitch_m"):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from capture.errors import DataError
+from capture.lens import Lens
 from capture.stack import FocalStack
 from reconstruct.optics import optics_of
 from tests.reconstruct.small_stack import FOCUS_DPT, LENS, write_small_stack
@@ -15,6 +16,24 @@ def test_focus_inside_the_focal_length_is_refused(tmp_path, focal_length_m):
     path = write_small_stack(tmp_path / "close.h5", lens=lens)
     with FocalStack.open(path) as stack, pytest.raises(DataError, match=r"h5: frame 0 is focused at 1 m, .* can"):
         optics_of(stack)
+
+
+def test_blur_far_wider_than_the_picture_is_refused(tmp_path):
+    lens = LENS.model_copy(update={"focal_length_m": 0.5})  # 0.05 was meant
+    path = write_small_stack(tmp_path / "wide.h5", lens=lens)
+    with (
+        FocalStack.open(path) as stack,
+        pytest.raises(DataError, match=r"h5: from 2\.5 m to 1 m, .* blur over 1786 px"),
+    ):
+        optics_of(stack)
+
+
+def test_a_macro_lens_swept_to_infinity_is_not(tmp_path):
+    macro = {"focal_length_m": 0.09, "f_number": 3.5, "pixel_pitch_m": 0.0173 / 96}  # 2:1, at 3/2 focal lengths
+    path = write_small_stack(tmp_path / "macro.h5", lens=Lens(**macro), focus_distance_m=[0.135, 0.2, 0.5, np.inf])
+    with FocalStack.open(path) as stack:
+        widest_px = optics_of(stack).kappa_px_per_dpt.max() / 0.135
+    assert widest_px > 2.9 * 96
 
 
 @pytest.mark.parametrize(
