@@ -69,15 +69,15 @@ def train_command(
                 raise UsageError("--recipe refinement trains a small network on CPUs; leave --device out")
             print(_train_refinement(config, steps, out, pool or out / "pool", dry_run=dry_run))
             return
-        files = _files(stacks or [])
-        settings = _settings(config, recipe, preset, init, steps, len(files))
-        if settings.preset == "paper":
-            _refuse("the paper preset trains a new network as published", {"--init": init, "--refine": refine})
         from reconstruct import remote
         from reconstruct.device import pick_device
         from reconstruct.train import is_first_process, pretrain, refuse_another
 
         target = pick_device(device)
+        files = _files(stacks or [])
+        settings = _settings(config, recipe, preset, init, steps, len(files))
+        if settings.preset == "paper":
+            _refuse("the paper preset trains a new network as published", {"--init": init, "--refine": refine})
         for run in (out, out / "judged"):
             refuse_another(run, resume=resume)
         if recipe is None:
