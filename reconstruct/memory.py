@@ -92,7 +92,8 @@ def on_disk(shape: tuple[int, ...], dtype: np.dtype[Any], folder: Path | None = 
     size = dtype.itemsize * math.prod(shape)
     where = Path(tempfile.gettempdir()) if folder is None else folder
     instead = "set TMPDIR to another disk" if folder is None else "use another -o"
-    room = room_in(where, f"{size / 1e9:.1f} GB of intermediate results", instead)
+    amount = f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+    room = room_in(where, f"{amount} of intermediate results", instead)
     with room, tempfile.TemporaryFile(prefix="daif-", dir=where) as file:  # the mapping outlives it
         os.ftruncate(file.fileno(), size)
         if hasattr(os, "posix_fallocate"):
