@@ -106,6 +106,8 @@ def run(
 ) -> list[Outcome]:
     """Reconstruct `stacks`, here or on Dask workers; prints a line for each and writes `batch.json` into the output.
 
+    A stack whose result would take the place of anything but a result fails before any work is done.
+
     Args:
         ended: what became of other stacks before; `batch.json` lists it too, and what ends here is added to it.
 
@@ -120,9 +122,16 @@ def run(
     ]
     for outcome in outcomes:
         print(f"{outcome.folder}: complete already, skipped (--force does it again)")
+    console = Console(stderr=True)
+    for stack in list(todo):
+        try:
+            remote.check_target(job.out, stack_name(stack), stack, replace=job.force)
+        except UsageError as error:
+            outcomes.append(_failed(stack, error, alone=len(stacks) == 1))
+            todo.remove(stack)
+            _say_failed(console, outcomes[-1])
     ended = [] if ended is None else ended
     _write_summary(job, ended + outcomes)  # if it cannot be written, better now than after hours of work
-    console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
         whole = bars.add_task("stacks", total=len(todo), visible=len(todo) > 1)
@@ -137,7 +146,7 @@ def run(
                 outcomes.append(outcome)
                 bars.advance(whole)
                 if outcome.status == "failed":
-                    console.print(f"daif: {outcome.error}", markup=False, highlight=False, soft_wrap=True)
+                    _say_failed(console, outcome)
                 else:
                     print(
                         f"{outcome.folder}: {outcome.seconds:.1f} s; look at {outcome.folder}/report.html", flush=True
@@ -182,9 +191,11 @@ def watch(locations: Sequence[str], job: Job, **where: Any) -> None:
 def follow(location: str, job: Job) -> None:
     """Reconstruct a stack that is still being captured, again whenever frames were added, until it is complete.
 
-    Raises DataError if the capture ends before two frames are there.
+    Each answer replaces the one before, an older run's too, and nothing else.
+    Raises DataError if the capture ends before two frames are there; UsageError where something else lies there.
     """
     remote.prepare_output(job.out)
+    remote.check_target(job.out, stack_name(location), location, replace=True)
     again = replace(job, force=True)
     done = 0
     for state in sweep.follow(Path(location)):
@@ -246,6 +257,10 @@ def _done(stack: str, record: dict[str, Any]) -> Outcome:
     for warning in record["warnings"]:
         Console(stderr=True).print(f"note: {warning}", markup=False, highlight=False, soft_wrap=True)
     return Outcome(stack, "done", sum(record["seconds"].values()), record["folder"], cpu_seconds=record["cpu_seconds"])
+
+
+def _say_failed(console: Console, outcome: Outcome) -> None:
+    console.print(f"daif: {outcome.error}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _failed(stack: str, error: BaseException, *, alone: bool) -> Outcome:

@@ -108,6 +108,25 @@ def is_complete(out: str, name: str) -> bool:
         return bool(files.exists(f"{path}/{name}/{result.RECORD}"))
 
 
+def check_target(out: str, name: str, stack: str, *, replace: bool) -> None:
+    """Raise UsageError if the result `name` in `out` would take the place of `stack` itself or of what is no result.
+
+    In a bucket nothing is ever removed, and what a killed upload left there looks like anybody's folder: only the
+    stack itself is protected.
+    """
+    if is_url(out):
+        holds_stack = f"{stack.rstrip('/')}/".startswith(f"{out.rstrip('/')}/{name}/")
+    else:
+        holds_stack = not is_url(stack) and Path(stack).resolve().is_relative_to((Path(out) / name).resolve())
+    if holds_stack:
+        raise UsageError(
+            f"{stack}: its result would go to {shown_folder(out, name)}, where the stack itself lies; "
+            "choose another output folder with -o"
+        )
+    if not is_url(out):
+        result.check_target(Path(out) / name, replace=replace)
+
+
 def shown_folder(out: str, name: str) -> str:
     """Where the result `name` in `out` lies, as users are told."""
     return without_password(f"{out.rstrip('/')}/{name}")

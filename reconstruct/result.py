@@ -91,6 +91,25 @@ def is_complete(folder: Path) -> bool:
     return (folder / RECORD).is_file()
 
 
+def check_target(target: Path, *, replace: bool) -> None:
+    """Raise UsageError unless `target` may become a result: it is free, empty, or a result itself and `replace` is set.
+
+    Anything else that lies there is somebody's work and is never touched.
+    """
+    if not os.path.lexists(target):
+        return
+    ours = target.is_dir() and not target.is_symlink()
+    if ours and not any(target.iterdir()):
+        return
+    if not (ours and is_complete(target)):
+        raise UsageError(
+            f"{target} is where the result would go, and what lies there is no result of daif, so it is never "
+            "replaced; choose another output folder with -o, or move it away"
+        )
+    if not replace:
+        raise UsageError(f"{target} already exists; remove it, choose another -o, or add --force to replace it")
+
+
 def who() -> str:
     """This process among all that write into one folder, from one machine or many."""
     return f"{platform.node()}-{os.getpid()}"
@@ -117,26 +136,23 @@ def save(
 ) -> Path:
     """Write every file of design section 4 into `out/<name>/` and return that folder.
 
-    Raises UsageError if the folder exists and `replace` is False or `out` cannot be written; NoSpaceError
+    Raises UsageError if the folder may not be written, see `check_target`, or `out` cannot be; NoSpaceError
     if the disk is full. Nothing partial is left behind.
     """
     target = out / result.name
-    if target.exists() and not replace:
-        raise UsageError(f"{target} already exists; remove it, choose another -o, or add --force to replace it")
+    check_target(target, replace=replace)
     staging = out / f".{result.name}.partial-{who()}"
+    retired = out / f".{result.name}.retired-{who()}"
     try:
         staging.mkdir(parents=True)
         _write_files(result, staging, depth_unit, extra_formats, exif)
         if report_html is not None:
             (staging / "report.html").write_text(report_html, encoding="utf-8")
         (staging / RECORD).write_text(json.dumps(json_ready(result.record), indent=2) + "\n", encoding="utf-8")
+        check_target(target, replace=replace)  # a minute later somebody else's folder may be there
         if target.exists():
-            retired = out / f".{result.name}.retired-{who()}"
             target.rename(retired)
-            staging.rename(target)
-            shutil.rmtree(retired)
-        else:
-            staging.rename(target)
+        staging.rename(target)
     except OSError as error:
         if error.errno == 28:
             raise NoSpaceError(
@@ -145,7 +161,10 @@ def save(
             ) from error
         raise UsageError(f"{out} cannot be written ({error.strerror}); choose another output folder with -o") from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if retired.exists() and not target.exists():  # stopped between the two renames
+            retired.rename(target)
+        for folder in (staging, retired):
+            shutil.rmtree(folder, ignore_errors=True)
     return target
 
 

@@ -1,6 +1,7 @@
 """Finding stacks, skipping finished ones, going past failures, URLs."""
 
 import json
+import shutil
 import threading
 import time
 
@@ -124,6 +125,57 @@ def test_follows_a_stack_that_is_being_captured(tmp_path, capsys):
     thread.join()
     assert json.loads((tmp_path / "out/live/reconstruction.json").read_text())["input"]["frames"] == 4
     assert len(capsys.readouterr().out.splitlines()) > 1
+
+
+@pytest.fixture
+def photographs_in_the_way(archive, tmp_path):
+    """`good.h5`, and where its result would go a folder of photographs."""
+    shutil.copytree(archive / "photographs", tmp_path / "good")
+    shutil.copy(archive / "good.h5", tmp_path)
+    return tmp_path
+
+
+def no_work(*args, **kwargs):
+    raise AssertionError("the work has started")
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_photographs_in_the_place_of_a_result_are_told_before_any_work(photographs_in_the_way, monkeypatch, force):
+    folder = photographs_in_the_way
+    monkeypatch.setattr(batch, "solve", no_work)
+    with pytest.raises(UsageError, match="never replaced"):
+        batch.run([str(folder / "good.h5")], Job(str(folder), SETTINGS, force=force))
+    monkeypatch.setattr(batch, "process_stack", no_work)
+    with pytest.raises(UsageError, match="never replaced"):
+        batch.follow(str(folder / "good.h5"), Job(str(folder), SETTINGS, force=force))
+    assert len(list((folder / "good").iterdir())) == 2
+
+
+def test_the_other_stacks_are_reconstructed_all_the_same(archive, photographs_in_the_way, capsys):
+    folder = photographs_in_the_way
+    shutil.copy(archive / "evening" / "second.h5", folder)
+    with pytest.raises(SomeFailedError, match="1 of 2 stacks failed: good"):
+        batch.run([str(folder / "good.h5"), str(folder / "second.h5")], Job(str(folder), SETTINGS, force=True))
+    assert "never replaced" in capsys.readouterr().err
+    assert (folder / "second" / "reconstruction.json").exists()
+    assert {entry["status"] for entry in json.loads((folder / "batch.json").read_text())} == {"failed", "done"}
+
+
+def test_a_stack_is_never_in_the_place_of_its_own_result(archive, tmp_path, monkeypatch):
+    monkeypatch.setattr(batch, "solve", no_work)
+    shutil.copytree(archive / "photographs", tmp_path / "shoot")
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "inside" / "reconstruction.json").write_text("{}")
+    shutil.copy(archive / "good.h5", tmp_path / "inside" / "inside.h5")
+    files = fsspec.filesystem("memory")
+    files.pipe("/in/shoot/a.png", b"mine")
+    for stack, out in (
+        (str(tmp_path / "shoot"), str(tmp_path)),
+        (str(tmp_path / "inside/inside.h5"), str(tmp_path)),
+        ("memory://in/shoot", "memory://in"),
+    ):
+        with pytest.raises(UsageError, match="where the stack itself lies"):
+            batch.run([stack], Job(out, SETTINGS, force=True))
 
 
 @pytest.mark.slow

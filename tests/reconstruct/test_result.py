@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -64,6 +65,53 @@ def test_an_existing_folder_is_kept_unless_replaced(tmp_path):
         result.save(small_result(), tmp_path)
     result.save(small_result(depth_m=1.0), tmp_path, replace=True)
     assert np.load(tmp_path / "take" / "depth.npy")[0, 0] == 1.0
+    assert [path.name for path in tmp_path.iterdir()] == ["take"]
+
+
+def a_folder_of_photographs(target):
+    target.mkdir()
+    (target / "frame.png").write_bytes(b"mine")
+
+
+def a_file(target):
+    target.write_bytes(b"mine")
+
+
+def a_link_to_a_result(target):
+    result.save(small_result(), target.parent / "elsewhere")
+    target.symlink_to(target.parent / "elsewhere" / "take", target_is_directory=True)
+
+
+@pytest.mark.parametrize("replace", [False, True])
+@pytest.mark.parametrize("there", [a_folder_of_photographs, a_file, a_link_to_a_result])
+def test_what_is_no_result_is_never_replaced(tmp_path, there, replace):
+    there(tmp_path / "take")
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    with pytest.raises(UsageError, match="no result of daif, so it is never replaced") as refused:
+        result.save(small_result(), tmp_path, replace=replace)
+    assert "--force" not in str(refused.value)
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+
+
+def test_an_empty_folder_is_filled(tmp_path):
+    (tmp_path / "take").mkdir()
+    assert result.is_complete(result.save(small_result(), tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["take"]
+
+
+def test_a_run_stopped_while_it_replaces_keeps_the_old_result(tmp_path, monkeypatch):
+    result.save(small_result(), tmp_path)
+    rename = Path.rename
+
+    def stopped(path, target):
+        if ".partial-" in path.name:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        result.save(small_result(depth_m=1.0), tmp_path, replace=True)
+    assert np.load(tmp_path / "take" / "depth.npy")[0, 0] == 2.0
     assert [path.name for path in tmp_path.iterdir()] == ["take"]
 
 
