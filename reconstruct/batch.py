@@ -197,15 +197,16 @@ def follow(location: str, job: Job) -> None:
     remote.prepare_output(job.out)
     remote.check_target(job.out, stack_name(location), location, replace=True)
     again = replace(job, force=True)
-    done = 0
+    done, warnings = 0, []
     for state in sweep.follow(Path(location)):
         if state.n_frames < 2 or state.n_frames == done:
             continue
         record = process_stack(str(state.path), again)
-        done = state.n_frames
+        done, warnings = state.n_frames, record["warnings"]
         print(
             f"{record['folder']}: {done} of {state.n_planned} frames, {record['summary']['seconds']:.1f} s", flush=True
         )
+    _say_warnings(warnings)
     if done == 0:
         raise DataError(f"{location}: no two frames were captured; start `daif capture` first, or give the right path")
 
@@ -254,9 +255,13 @@ def _ended(stack: str, future: Future[dict[str, Any]], *, alone: bool) -> Outcom
 
 
 def _done(stack: str, record: dict[str, Any]) -> Outcome:
-    for warning in record["warnings"]:
-        Console(stderr=True).print(f"note: {warning}", markup=False, highlight=False, soft_wrap=True)
+    _say_warnings(record["warnings"])
     return Outcome(stack, "done", sum(record["seconds"].values()), record["folder"], cpu_seconds=record["cpu_seconds"])
+
+
+def _say_warnings(warnings: Sequence[str]) -> None:
+    for warning in warnings:
+        Console(stderr=True).print(f"note: {warning}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _say_failed(console: Console, outcome: Outcome) -> None:

@@ -79,6 +79,8 @@ def reconstruct_command(
     ):
         if value not in allowed:
             raise UsageError(f"{option} is {value!r}; it must be one of {', '.join(allowed)}")
+    if on is None:
+        export.check_formats(wanted)
     settings = infer.Settings(
         method=method,  # type: ignore[arg-type]
         weights=weights,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -17,6 +19,7 @@ from capture.errors import DataError, UsageError
 
 DepthUnit = Literal["mm", "um"]
 UNITS_PER_METRE: dict[str, float] = {"mm": 1e3, "um": 1e6}
+PNG_MAX = 65535
 EXTRA_FORMATS = ("glb", "tiff", "exr", "nerfstudio")
 _TURBO_RGB = cv2.applyColorMap(np.arange(256, dtype=np.uint8)[:, None], cv2.COLORMAP_TURBO)[..., ::-1].copy()
 _UNKNOWN_RGB = (40, 40, 40)
@@ -44,7 +47,7 @@ def write_depth_png(path: Path, depth_m: NDArray[np.float32], unit: DepthUnit = 
     stored and becomes unknown; `depth.npy` keeps it.
     """
     scaled = np.where(np.isfinite(depth_m), depth_m, 0.0) * UNITS_PER_METRE[unit]
-    out_of_range = (scaled > 65535) | ((scaled < 0.5) & np.isfinite(depth_m))
+    out_of_range = (scaled > PNG_MAX) | ((scaled < 0.5) & np.isfinite(depth_m))
     write_png(path, np.where(out_of_range, 0, np.rint(scaled)).astype(np.uint16))
     return int(out_of_range.sum())
 
@@ -105,10 +108,13 @@ def write_ply(
     confidence: NDArray[np.float32],
     intrinsics: Intrinsics,
     max_points: int = 1_000_000,
+    *,
+    metric: bool = True,
 ) -> int:
     """Write a binary point cloud (x right, y down, z forward; metres) and return the number of points.
 
-    Every n-th row and column is taken so that at most `max_points` remain; unknown depth is left out.
+    Every n-th row and column is taken so that at most `max_points` remain; unknown depth is left out. Without
+    `metric` the file says that its lengths have no unit.
     """
     stride = max(1, int(np.ceil(np.sqrt(depth_m.size / max_points))))
     xyz = back_project(depth_m, intrinsics, stride).reshape(-1, 3)
@@ -122,8 +128,9 @@ def write_ply(
     vertex["xyz"], vertex["rgb"], vertex["confidence"] = xyz[known], colour[known], sure[known]
     properties = "".join(f"property float {axis}\n" for axis in "xyz")
     properties += "".join(f"property uchar {channel}\n" for channel in ("red", "green", "blue"))
+    unit = "metres" if metric else "relative depth, no unit"
     header = (
-        f"ply\nformat binary_little_endian 1.0\ncomment metres, x right, y down, z forward\n"
+        f"ply\nformat binary_little_endian 1.0\ncomment {unit}, x right, y down, z forward\n"
         f"element vertex {len(vertex)}\n{properties}property float confidence\nend_header\n"
     )
     path.write_bytes(header.encode("ascii") + vertex.tobytes())
@@ -137,10 +144,11 @@ def write_glb(
     intrinsics: Intrinsics,
     max_vertices: int = 500_000,
     max_slope: float = 0.05,
-) -> None:
-    """Write a coloured mesh as binary glTF 2.0 (y up, z backward, metres).
+) -> int:
+    """Write a coloured mesh as binary glTF 2.0 (y up, z backward, metres) and return the number of triangles.
 
-    Quads whose corners differ by more than `max_slope` of their depth are depth edges and stay open.
+    Quads whose corners differ by more than `max_slope` of their depth are depth edges and stay open. Where none is
+    left, depth being unknown or torn everywhere, no file is written.
     """
     stride = max(1, int(np.ceil(np.sqrt(depth_m.size / max_vertices))))
     xyz = back_project(depth_m, intrinsics, stride) * np.array([1, -1, -1], np.float32)
@@ -157,7 +165,7 @@ def write_glb(
     faces = np.concatenate([quads[:, [0, 1, 2]], quads[:, [2, 1, 3]]]).astype("<u4")
     used, faces_flat = np.unique(faces, return_inverse=True)
     if used.size == 0:
-        raise DataError(f"{path}: no surface to write: the depth map is unknown or torn everywhere")
+        return 0
     vertices = xyz.reshape(-1, 3)[used].astype("<f4")
     rgba = np.concatenate([colour.reshape(-1, 3)[used], np.full((used.size, 1), 255, np.uint8)], axis=1)
     blobs = [vertices.tobytes(), rgba.tobytes(), faces_flat.astype("<u4").tobytes()]
@@ -196,6 +204,7 @@ def write_glb(
         + struct.pack("<I4s", len(text), b"JSON") + text
         + struct.pack("<I4s", len(binary), b"BIN\0") + binary
     )  # fmt: skip
+    return len(faces)
 
 
 def write_float_tiff(path: Path, depth_m: NDArray[np.float32]) -> None:
@@ -204,25 +213,29 @@ def write_float_tiff(path: Path, depth_m: NDArray[np.float32]) -> None:
         raise DataError(f"{path}: OpenCV could not write a float TIFF")
 
 
+def check_formats(names: Sequence[str]) -> None:
+    """Raise UsageError if a format of `EXTRA_FORMATS` needs a package that is not installed."""
+    if "exr" in names and find_spec("OpenEXR") is None:
+        raise UsageError("writing EXR needs one more package: pip install 'daif[exr]'")
+
+
 def write_exr(path: Path, depth_m: NDArray[np.float32], rgb_linear: NDArray[np.float32]) -> None:
-    """Write linear R, G, B and Z (metres) as OpenEXR; needs the `exr` extra."""
-    try:
-        import OpenEXR
-    except ImportError:
-        raise UsageError("writing EXR needs one more package: pip install 'daif[exr]'") from None
+    """Write linear R, G, B and Z (metres) as OpenEXR; needs the `exr` extra, see `check_formats`."""
+    import OpenEXR
+
     channels = {"RGB": rgb_linear.astype(np.float32), "Z": depth_m.astype(np.float32)}
     header = {"compression": OpenEXR.ZIP_COMPRESSION, "type": OpenEXR.scanlineimage}
     with OpenEXR.File(header, channels) as file:
         file.write(str(path))
 
 
-def write_nerfstudio(path: Path, height: int, width: int, intrinsics: Intrinsics) -> None:
-    """Write `transforms.json` for one pinhole view at the origin that names aif.png and depth.png (mm)."""
-    frame = {
-        "file_path": "aif.png",
-        "depth_file_path": "depth.png",
-        "transform_matrix": np.eye(4).tolist(),
-    }
+def write_nerfstudio(path: Path, height: int, width: int, intrinsics: Intrinsics, *, depth_in_mm: bool = True) -> None:
+    """Write `transforms.json` for one pinhole view at the origin that names aif.png, and depth.png if `depth_in_mm`.
+
+    nerfstudio takes depth as millimetres; another unit can be told on its command line only, not in this file.
+    """
+    frame: dict[str, Any] = {"file_path": "aif.png"} | ({"depth_file_path": "depth.png"} if depth_in_mm else {})
+    frame |= {"transform_matrix": np.eye(4).tolist()}
     document = {
         "camera_model": "OPENCV",
         "fl_x": intrinsics.focal_px,

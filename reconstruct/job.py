@@ -76,6 +76,7 @@ def solve(
     `announce` gets the memory that will be used, before it is.
     """
     clock = Clock()
+    export.check_formats(job.formats)  # again: this may be another machine than the one that was asked
     profile = LensProfile.read(job.lens) if job.lens else None
     with tempfile.TemporaryDirectory(prefix="daif-") as scratch, _named(location, scratch):
         file = remote.fetch(location, Path(scratch))

@@ -24,6 +24,7 @@ from capture.errors import DataError, NoSpaceError, UsageError
 from reconstruct import export
 
 RECORD = "reconstruction.json"
+_MANY_LOST = 0.01  # share of the known pixels that depth.png may lose without a word
 _MIN_INVERSE_DEPTH_DPT = 1e-3  # beyond a kilometre nothing is known from defocus
 
 
@@ -182,9 +183,17 @@ def _write_files(
     np.save(folder / "confidence.npy", result.confidence)
     export.write_png(folder / "aif.png", rgb, exif=exif)
     export.write_png(folder / "depth_color.png", export.colorize_inverse_depth(result.inverse_depth_dpt)[0])
+    warnings = result.record.setdefault("warnings", [])
     if result.metric:
         unstored = export.write_depth_png(folder / "depth.png", depth, depth_unit)
         result.record["depth_png"] = {"unit": depth_unit, "unknown": 0, "pixels_out_of_range": unstored}
+        lost = unstored / max(int(np.isfinite(depth).sum()), 1)
+        if lost > _MANY_LOST:
+            farthest_m = export.PNG_MAX / export.UNITS_PER_METRE[depth_unit]
+            warnings.append(
+                f"depth.png is 0 at {lost:.0%} of the known pixels: in {depth_unit} it ends at {farthest_m:.3g} m; "
+                "depth.npy holds them all" + (", --depth-unit mm reaches 65.5 m" if depth_unit != "mm" else "")
+            )
         solid_m = depth
     else:
         levels = np.where(np.isfinite(depth), 1 + np.clip(depth, 0, 1) * 65534, 0)
@@ -192,16 +201,23 @@ def _write_files(
         result.record["depth_png"] = {"unit": "relative: 1 nearest, 65535 farthest", "unknown": 0}
         solid_m = (1.0 + np.clip(depth, 0, 1)).astype(np.float32)  # a shape to look at; the scale is arbitrary
     result.record["points"] = export.write_ply(
-        folder / "points.ply", solid_m, rgb, result.confidence, result.intrinsics
+        folder / "points.ply", solid_m, rgb, result.confidence, result.intrinsics, metric=result.metric
     )
-    if "glb" in extra_formats:
-        export.write_glb(folder / "mesh.glb", solid_m, rgb, result.intrinsics)
+    if "glb" in extra_formats and not export.write_glb(folder / "mesh.glb", solid_m, rgb, result.intrinsics):
+        warnings.append("mesh.glb is left out: depth is unknown or torn everywhere, so there is no surface")
     if "tiff" in extra_formats:
         export.write_float_tiff(folder / "depth.tiff", depth)
     if "exr" in extra_formats:
         export.write_exr(folder / "depth.exr", depth, result.aif)
     if "nerfstudio" in extra_formats:
-        export.write_nerfstudio(folder / "transforms.json", depth.shape[0], depth.shape[1], result.intrinsics)
+        in_mm = result.metric and depth_unit == "mm"
+        height, width = depth.shape
+        export.write_nerfstudio(folder / "transforms.json", height, width, result.intrinsics, depth_in_mm=in_mm)
+        if not in_mm:
+            reason = (
+                f"depth.png is in {depth_unit}, see --depth-unit" if result.metric else "relative depth has no unit"
+            )
+            warnings.append(f"transforms.json names no depth: nerfstudio takes it as millimetres; {reason}")
 
 
 def load(folder: Path) -> Reconstruction:

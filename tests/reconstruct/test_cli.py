@@ -6,6 +6,8 @@ import time
 
 import pytest
 
+from capture.errors import UsageError
+from reconstruct import job
 from reconstruct.cli import app
 from tests.reconstruct.small_stack import write_small_stack
 
@@ -67,6 +69,16 @@ def test_bad_input_is_one_sentence(tmp_path, arguments, code, words):
     assert "Traceback" not in run.stderr
     assert run.stderr.startswith("daif: ")
     assert len(run.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("format", ["exr", "glb,exr"])
+def test_a_missing_package_is_told_before_any_work(tmp_path, monkeypatch, format):
+    monkeypatch.setitem(sys.modules, "OpenEXR", None)  # as where it is not installed
+    arguments = ["reconstruct", str(tmp_path / "there.h5"), "-o", str(tmp_path / "out"), "--formats", format]
+    with pytest.raises(UsageError, match=r"pip install 'daif\[exr\]'"):
+        app(arguments)
+    with pytest.raises(UsageError, match=r"pip install 'daif\[exr\]'"):
+        job.solve(str(tmp_path / "there.h5"), job.Job(str(tmp_path / "out"), formats=("exr",)))
 
 
 def test_debug_shows_where(tmp_path):

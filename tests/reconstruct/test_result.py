@@ -48,6 +48,45 @@ def test_relative_depth_is_ordered_and_unitless(tmp_path):
     assert "relative" in json.loads((folder / "reconstruction.json").read_text())["depth_png"]["unit"]
 
 
+def test_relative_depth_is_never_called_metres_or_millimetres(tmp_path):
+    folder = result.save(small_result(metric=False), tmp_path, extra_formats=("nerfstudio",))
+    header = (folder / "points.ply").read_bytes().partition(b"end_header")[0]
+    assert b"relative depth, no unit" in header and b"metres" not in header
+    assert "depth_file_path" not in (folder / "transforms.json").read_text()
+    assert "relative depth has no unit" in warnings_of(folder)[-1]
+
+
+def test_nerfstudio_gets_depth_in_millimetres_or_none(tmp_path):
+    for unit, there in (("mm", True), ("um", False)):
+        answer = small_result(unit, depth_m=0.03)
+        folder = result.save(answer, tmp_path, depth_unit=unit, extra_formats=("nerfstudio",))
+        assert ("depth_file_path" in (folder / "transforms.json").read_text()) is there
+        assert any("depth.png is in um" in warning for warning in warnings_of(folder)) is not there
+
+
+def test_depth_that_its_png_cannot_hold_is_told(tmp_path):
+    folder = result.save(small_result(depth_m=1.0), tmp_path, depth_unit="um")
+    assert warnings_of(folder) == [
+        "depth.png is 0 at 100% of the known pixels: in um it ends at 0.0655 m; depth.npy holds them all, "
+        "--depth-unit mm reaches 65.5 m"
+    ]
+    half = result.save(small_result("half", depth_m=0.03), tmp_path, depth_unit="um")
+    assert "0 at 50% of the known pixels" in warnings_of(half)[0]
+    assert warnings_of(result.save(small_result("all"), tmp_path)) == []
+
+
+def test_a_map_without_a_surface_is_kept_without_a_mesh(tmp_path):
+    answer = small_result()
+    answer.inverse_depth_dpt[:] = 0
+    folder = result.save(answer, tmp_path, extra_formats=("glb",))
+    assert not (folder / "mesh.glb").exists()
+    assert warnings_of(folder) == ["mesh.glb is left out: depth is unknown or torn everywhere, so there is no surface"]
+
+
+def warnings_of(folder):
+    return json.loads((folder / "reconstruction.json").read_text())["warnings"]
+
+
 def test_uncertainty_in_metres_grows_with_the_square_of_depth():
     std = small_result().depth_std
     np.testing.assert_allclose([std[0, 0], std[0, -1]], [0.01 * 2**2, 0.01 * 4**2], rtol=1e-5)
