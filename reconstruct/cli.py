@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import sys
 import traceback
 from dataclasses import replace
@@ -24,7 +26,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _options = {"debug": False}
-INTERRUPTED = 130  # 128 + SIGINT
+INTERRUPTED, TERMINATED = 130, 143  # 128 + SIGINT, 128 + SIGTERM
 
 
 @app.callback()
@@ -227,6 +229,7 @@ reconstruct.train_cli.register(app)
 
 def main() -> None:
     """Run `daif`; an error becomes one sentence on stderr and the exit code of design section 4."""
+    _unwind_on_sigterm()
     try:
         app()
     except DaifError as error:
@@ -234,6 +237,8 @@ def main() -> None:
     except SystemExit as end:
         if end.code == INTERRUPTED and isinstance(end.__context__, typer.Exit):  # what typer makes of Ctrl-C
             _fail("interrupted; run the same command again to continue", INTERRUPTED)
+        if end.code == TERMINATED:  # from the handler below: nothing was said yet
+            _fail("terminated; run the same command again to continue", TERMINATED)
         raise
     except OSError as error:
         if error.errno == 28:  # ENOSPC
@@ -244,6 +249,24 @@ def main() -> None:
         _fail(f"this is a bug in daif: {type(error).__name__}: {error} (--debug shows where)", 1)
     except Exception as error:
         _fail(f"this is a bug in daif: {type(error).__name__}: {error} (--debug shows where)", 1)
+
+
+def _unwind_on_sigterm() -> None:
+    """SIGTERM shall end this process as Ctrl-C does, through every `with`; forked children keep the default.
+
+    Ranks of torchrun keep it too: it waits for their end, and one that waits for the others would not hear of it.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return
+    main_process = os.getpid()
+
+    def end(number: int, _: object) -> None:
+        if os.getpid() != main_process:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        raise SystemExit(TERMINATED)  # no Exception, so that whoever goes on past failures does not go on past this
+
+    signal.signal(signal.SIGTERM, end)
 
 
 def _fail(sentence: str, exit_code: int) -> None:

@@ -1,12 +1,17 @@
 """`daif` as its users call it: exit codes, one sentence, no traceback."""
 
+import os
+import signal
 import subprocess
 import sys
 import time
 
+import cv2
 import pytest
 
+from capture.decode import to_srgb8
 from capture.errors import UsageError
+from capture.stack import FocalStack
 from reconstruct import job
 from reconstruct.cli import app
 from tests.reconstruct.small_stack import write_small_stack
@@ -79,6 +84,31 @@ def test_a_missing_package_is_told_before_any_work(tmp_path, monkeypatch, format
         app(arguments)
     with pytest.raises(UsageError, match=r"pip install 'daif\[exr\]'"):
         job.solve(str(tmp_path / "there.h5"), job.Job(str(tmp_path / "out"), formats=("exr",)))
+
+
+def test_terminated_in_the_middle_leaves_nothing_behind(tmp_path):
+    photographs, scratch = tmp_path / "photographs", tmp_path / "scratch"
+    for folder in (photographs, scratch):
+        folder.mkdir()
+    with FocalStack.open(write_small_stack(tmp_path / "small.h5")) as stack:
+        for i in range(stack.n_frames):
+            cv2.imwrite(str(photographs / f"{i}.png"), to_srgb8(stack.linear(i)))
+    arguments = ["reconstruct", str(photographs), "-o", str(tmp_path / "out"), "--refine", "1000000"]
+    run = subprocess.Popen(
+        [sys.executable, "-c", "from reconstruct.cli import main; main()", *arguments],
+        env=os.environ | {"TMPDIR": str(scratch)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not list(scratch.glob("daif-*/*.h5")) and run.poll() is None:
+        time.sleep(0.05)
+    run.send_signal(signal.SIGTERM)
+    said = run.communicate(timeout=60)[1]
+    assert run.returncode == 143, said
+    assert said.splitlines()[-1] == "daif: terminated; run the same command again to continue"
+    assert "Traceback" not in said
+    assert list(scratch.iterdir()) == []
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["batch.json"]
 
 
 def test_debug_shows_where(tmp_path):
