@@ -161,7 +161,7 @@ def _thumbnails(stack: FocalStack, overview: Overview) -> list[tuple[np.ndarray,
 def _truth(stack: FocalStack, answer: result.Reconstruction) -> report.Truth | None:
     """The stack's own ground truth (simulated stacks) as the report wants it, or None."""
     truth_m = stack.truth_depth_m
-    if truth_m is None or not answer.metric:
+    if truth_m is None or not answer.metric or not metrics.known_pixels(truth_m).any():
         return None
     columns = [answer] if answer.baseline is None else [answer, answer.baseline]
     columns = [column for column in columns if column.confidence.shape == truth_m.shape]

@@ -1,7 +1,8 @@
 """Errors of depth, confidence and all-in-focus image against the truth (design section 9); numpy.
 
-Every depth figure is over the pixels whose true depth is known. Blur pixels, kappa x |dioptre error|, compare
-lenses and scenes: they say by how much the predicted blur disc's diameter is wrong.
+Every depth figure is over the pixels whose true depth is known. There an unknown answer (NaN) counts as infinitely
+far, 0 dioptres, as in `protocols`: leaving it out would reward a method for giving up. Blur pixels, kappa x |dioptre
+error|, compare lenses and scenes: they say by how much the predicted blur disc's diameter is wrong.
 """
 
 from __future__ import annotations
@@ -42,9 +43,10 @@ LABELS = {
     "ssim": "AIF SSIM",
 }
 NOTE = (
-    "On pixels with known depth. px of CoC: blur gain x dioptre error, the error of the blur disc's diameter. "
-    "AUSE: 0 when the stated spread ranks errors perfectly. MAE cut: how much the mean error falls when only the most "
-    "confident 70 % of the pixels are kept; at most: if confidence knew the errors."
+    "On pixels with known true depth; an unknown answer counts as infinitely far, in metres as 50 m. px of CoC: blur "
+    "gain x dioptre error, the error of the blur disc's diameter. AUSE: 0 when the stated spread ranks errors "
+    "perfectly. MAE cut: how much the mean error falls when only the most confident 70 % of the pixels are kept; at "
+    "most: if confidence knew the errors."
 )
 
 
@@ -66,9 +68,9 @@ def depth_metrics(answer: Answer, truth_depth_m: FloatArray) -> dict[str, float]
 
 def depth_errors(inverse_depth_dpt: FloatArray, truth_depth_m: FloatArray, kappa_px_per_dpt: float) -> dict[str, float]:
     """Depth figures of an inverse depth map (H, W) against metres (H, W), NaN or <= 0 where unknown."""
-    known = _known(truth_depth_m)
+    known = known_pixels(truth_depth_m)
     truth = truth_depth_m[known].astype(np.float64)
-    found = np.asarray(inverse_depth_dpt, np.float64)[known]
+    found = _found_dpt(inverse_depth_dpt, known)
     error_dpt = np.abs(found - 1 / truth)
     depth = 1 / np.maximum(found, FARTHEST_DPT)
     ratio = np.maximum(depth / truth, truth / depth)
@@ -102,8 +104,8 @@ def confidence_errors(
     by the true error, over the MAE of all pixels. coverage: share of errors within one `std_dpt`. kept70_cut: 1 -
     MAE of the most confident 70 % / MAE of all; kept70_limit: the same if confidence knew the errors.
     """
-    known = _known(truth_depth_m)
-    error = np.abs(np.asarray(inverse_depth_dpt, np.float64)[known] - 1 / truth_depth_m[known])
+    known = known_pixels(truth_depth_m)
+    error = np.abs(_found_dpt(inverse_depth_dpt, known) - 1 / truth_depth_m[known])
     std = np.asarray(std_dpt, np.float64)[known]
     kept = np.argsort(-np.asarray(confidence)[known], kind="stable")[: max(1, round(0.7 * error.size))]
     whole = max(float(error.mean()), 1e-12)
@@ -120,7 +122,7 @@ def confidence_errors(
 
 def depth_edges(truth_depth_m: FloatArray, kappa_px_per_dpt: float) -> NDArray[np.bool_]:
     """Pixels (H, W) within `EDGE_REACH_PX` of a step in true depth that changes the blur by `EDGE_COC_PX`."""
-    known = _known(truth_depth_m)
+    known = known_pixels(truth_depth_m)
     inverse = np.divide(1.0, truth_depth_m, out=np.zeros(truth_depth_m.shape), where=known).astype(np.float32)
     three = np.ones((3, 3), np.uint8)
     near = cv2.dilate(np.where(known, inverse, -1e6).astype(np.float32), three)
@@ -160,5 +162,11 @@ def ssim(image: FloatArray, truth: FloatArray) -> float:
     return float(similarity[radius:-radius, radius:-radius].mean())
 
 
-def _known(truth_depth_m: FloatArray) -> NDArray[np.bool_]:
+def known_pixels(truth_depth_m: FloatArray) -> NDArray[np.bool_]:
+    """Where the true depth, metres, is known: neither NaN nor infinite nor <= 0."""
     return np.isfinite(truth_depth_m) & (truth_depth_m > 0)
+
+
+def _found_dpt(inverse_depth_dpt: FloatArray, known: NDArray[np.bool_]) -> NDArray[np.float64]:
+    found = np.asarray(inverse_depth_dpt, np.float64)[known]
+    return np.where(np.isnan(found), 0.0, found)

@@ -315,7 +315,7 @@ def run(name: str, out: Path, source: Path, *, subset: bool, as_json: bool) -> N
             "notes": list(protocol.notes),
             "per_scene": scores,
         }
-        print(json.dumps(document, indent=2))
+        print(json.dumps(result.json_ready(document), indent=2, allow_nan=False))
         return
     _print(name, protocol, mean, len(there), wanted)
 

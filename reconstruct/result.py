@@ -224,9 +224,7 @@ def load(folder: Path) -> Reconstruction:
     """Read back what `save` wrote; the AIF as linear light from its 8-bit PNG. Raises DataError."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        depth, std, confidence = (
-            np.load(folder / f"{name}.npy", allow_pickle=False) for name in ("depth", "depth_std", "confidence")
-        )
+        depth, std, confidence = (read_map(folder / f"{name}.npy") for name in ("depth", "depth_std", "confidence"))
         optics = record["optics"]
         metric = bool(record["metric"])
         focus_dpt = np.asarray(optics["focus_dpt"], dtype=np.float64)
@@ -234,16 +232,21 @@ def load(folder: Path) -> Reconstruction:
         intrinsics = export.Intrinsics(**record["intrinsics"])
     except FileNotFoundError as error:
         raise DataError(f"{folder} is not a finished reconstruction: {Path(error.filename).name} is missing") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, DataError) as error:
         raise DataError(f"{folder} is damaged ({error}); reconstruct the stack again") from None
+    aif = decode_image(folder / "aif.png")
+    if not depth.shape == std.shape == confidence.shape == aif.pixels.shape[:2]:
+        raise DataError(
+            f"{folder} is damaged: depth, depth_std, confidence and aif.png are not of one size; "
+            "reconstruct the stack again"
+        )
     if metric:
-        inverse = 1 / depth
+        inverse = np.divide(1, depth, out=np.full_like(depth, np.nan), where=depth > 0)
         std_dpt = std * inverse**2
     else:
         near, span = focus_dpt.max(), np.ptp(focus_dpt)
         inverse = near - depth * span
         std_dpt = std * span
-    aif = decode_image(folder / "aif.png")
     return Reconstruction(
         name=folder.name,
         inverse_depth_dpt=inverse.astype(np.float32),
@@ -256,6 +259,21 @@ def load(folder: Path) -> Reconstruction:
         kappa_px_per_dpt=kappa,
         record=record,
     )
+
+
+def read_map(path: Path) -> NDArray[np.float32]:
+    """An (H, W) map of numbers from an .npy file. Raises DataError, FileNotFoundError."""
+    try:
+        values = np.lib.format.open_memmap(path, mode="r")  # a header that promises too much allocates nothing
+    except FileNotFoundError:
+        raise
+    except (OSError, EOFError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path} cannot be read as a NumPy array ({reason})") from None
+    if values.ndim != 2 or values.dtype.kind not in "fiu":
+        found = f"{values.dtype} of shape {values.shape}"
+        raise DataError(f"{path} must hold one number for every pixel, (H, W), found {found}")
+    return np.array(values, dtype=np.float32)
 
 
 def json_ready(value: Any) -> Any:

@@ -127,6 +127,12 @@ def test_follows_a_stack_that_is_being_captured(tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) > 1
 
 
+def test_following_says_at_the_end_what_is_to_be_known_of_the_result(tmp_path, capsys):
+    stack = write_small_stack(tmp_path / "small.h5", calibrated=False)
+    batch.follow(str(stack), Job(str(tmp_path / "out"), SETTINGS))
+    assert "depth is relative" in capsys.readouterr().err
+
+
 @pytest.fixture
 def photographs_in_the_way(archive, tmp_path):
     """`good.h5`, and where its result would go a folder of photographs."""
