@@ -101,14 +101,18 @@ def on_disk(shape: tuple[int, ...], dtype: np.dtype[Any], folder: Path | None = 
         return np.memmap(file, dtype, "r+", shape=shape)
 
 
+def disk_is_full(error: OSError) -> bool:
+    """Whether `error` is what the system, or NumPy without the system's number, raise on a full disk."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "requested and" in str(error)
+
+
 @contextmanager
 def room_in(folder: Path, what: str, instead: str = "use another -o") -> Iterator[None]:
     """A full disk, met while `what` is written into `folder`, becomes a NoSpaceError."""
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        if full or "requested and" in str(error):  # NumPy's, without a number
+        if disk_is_full(error):
             raise NoSpaceError(f"{folder} has no room for {what}; free some, or {instead}") from None
         raise
 

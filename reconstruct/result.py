@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from capture.decode import decode_image, to_linear, to_srgb8
 from capture.errors import DataError, NoSpaceError, UsageError
 from reconstruct import export
+from reconstruct.memory import disk_is_full
 
 RECORD = "reconstruction.json"
 _MANY_LOST = 0.01  # share of the known pixels that depth.png may lose without a word
@@ -155,7 +156,7 @@ def save(
             target.rename(retired)
         staging.rename(target)
     except OSError as error:
-        if error.errno == 28:
+        if disk_is_full(error):
             raise NoSpaceError(
                 f"{out}: the disk is full; reconstructing {result.name} needs about "
                 f"{result.aif.nbytes * 3 / 1e6:.0f} MB there; free some space and run again"

@@ -167,9 +167,12 @@ def test_what_a_killed_run_left_is_removed_but_nothing_of_the_living(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == set(kept)
 
 
-def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), OSError("82944 requested and 51168 written")], ids=["", "NumPy's"]
+)
+def test_a_failure_while_writing_leaves_nothing(tmp_path, monkeypatch, error):
     def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(result.export, "write_ply", full)
     with pytest.raises(result.NoSpaceError, match="disk is full"):
