@@ -92,6 +92,7 @@ def _calibrate(
     from calibration.report import verdict_of, write_report
     from capture.errors import DataError
     from capture.lens import LensProfile, Measured
+    from capture.output import check_output
 
     if sum((from_exif, check, scene)) > 1:
         raise UsageError("--from-exif, --check and --scene exclude each other; give one")
@@ -110,10 +111,14 @@ def _calibrate(
 
     if output is None:
         raise UsageError("say where to write the profile: -o lens.yaml")
+    if output.suffix.lower() not in (".yaml", ".yml"):
+        raise UsageError(f"-o {output}: the profile is written as .yaml or .yml; say -o lens.yaml")
     report = output.with_name("report.html") if output.name == "lens.yaml" else output.with_suffix(".html")
-    for path in (output, report):
-        if path.exists() and not force:
-            raise UsageError(f"{path} exists already; choose another name, or overwrite it with --force")
+    for path in (output,) if from_exif else (output, report):
+        for read in (*stacks, *(one for one in (board, intrinsics, lens) if one is not None)):
+            if path.exists() and read.exists() and path.samefile(read):
+                raise UsageError(f"{path} would be written, but {read} is read; choose another name after -o")
+        check_output(path, overwrite=force)
 
     if from_exif:
         if len(stacks) != 1:

@@ -1,5 +1,6 @@
 """From frames to lens.yaml: an independent aperture-sampled camera, and everything that can be wrong with a sweep."""
 
+import re
 from pathlib import Path
 
 import cv2
@@ -286,6 +287,37 @@ def test_the_command_writes_profile_and_report(tmp_path, frames):
     assert "holds" in checked.output
     again = CliRunner().invoke(app, args)
     assert isinstance(again.exception, UsageError)
+
+
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        ("x.html", r"x\.html: the profile is written as \.yaml or \.yml"),
+        ("a.h5", r"a\.h5: the profile is written as"),
+        (".", "the profile is written as"),
+        ("nodir/lens.yaml", r"nodir does not exist; create it"),
+        ("folder.yaml", r"folder\.yaml is a folder"),
+        ("sweep.yaml", r"sweep\.yaml would be written, but .*sweep\.yaml is read"),
+        ("page.yaml", r"page\.html would be written, but .*page\.html is read"),
+        ("board.yaml", r"board\.yaml would be written, but .*board\.yaml is read"),
+        ("old.yaml", r"old\.yaml would be written, but .*old\.yaml is read"),
+        ("link.yaml", r"link\.yaml would be written, but .*a\.h5 is read"),
+        ("camera.yml", r"camera\.yml would be written, but .*camera\.yml is read"),
+    ],
+)
+def test_what_is_read_is_never_written_even_with_force(tmp_path, out, words):
+    stacks = [tmp_path / name for name in ("a.h5", "sweep.yaml", "page.html")]
+    read = {option: tmp_path / f"{name}" for option, name in
+            (("--board", "board.yaml"), ("--lens", "old.yaml"), ("--intrinsics", "camera.yml"))}  # fmt: skip
+    for path in (*stacks, *read.values()):
+        path.write_text("square_m: 0.035\n")
+    (tmp_path / "folder.yaml").mkdir()
+    (tmp_path / "link.yaml").symlink_to(tmp_path / "a.h5")
+    options = [str(word) for pair in read.items() for word in pair]
+    done = CliRunner().invoke(app, ["calibrate", *map(str, stacks), *options, "-o", str(tmp_path / out), "--force"])
+    assert isinstance(done.exception, UsageError), done.exception
+    assert re.search(words, str(done.exception))
+    assert all(path.read_text() == "square_m: 0.035\n" for path in (*stacks, *read.values()))
 
 
 def test_the_board_command_writes_what_calibrate_reads(tmp_path):
