@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import logging
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -21,11 +23,12 @@ from calibration.edges import CalibrationError, Found, PatchBlur, Ramp, Sweep, l
 from calibration.fit import FLOOR_TO_SIGMA, Fit, LeftOut, Observations, fit_blur, leave_one_out
 from calibration.intrinsics import NOMINAL_RATIO, camera_matrix, check_intrinsics, estimate_intrinsics
 from capture.errors import DataError, UsageError
-from capture.lens import Breathing, FocusTable, Intrinsics, Lens, LensProfile, Measured, SourceStack
+from capture.lens import SAME_APERTURE, Breathing, FocusTable, Intrinsics, Lens, LensProfile, Measured, SourceStack
 from capture.stack import FocalStack, file_sha256
 
 logger = logging.getLogger(__name__)
 
+LEAST_FRAMES = 4  # of a sweep of the board
 MAX_PIXELS = 1_600_000  # calibration works on a binned image: finer sampling adds nothing to blur of many pixels
 STRIP_ROWS = 240
 MAX_LEVEL_CHANGE = 0.05
@@ -53,6 +56,7 @@ class BoardStack:
     binning: int
     full_size: tuple[int, int]  # (H, W)
     lens: Lens | None
+    f_number: float  # NaN unknown
     camera: str
     warnings: tuple[str, ...]
 
@@ -156,6 +160,7 @@ def load_board_stack(path: Path, board: Board | None = None, *, max_pixels: int 
             binning=binning,
             full_size=(stack.height, stack.width),
             lens=stack.lens,
+            f_number=stack.working_f_number,
             camera=" ".join(str(name) for name in names if name),
             warnings=warnings,
         )
@@ -167,7 +172,6 @@ def calibrate(
     focal_px: Measured | None = None,
     intrinsics: Intrinsics | None = None,
     lens_name: str = "",
-    f_number: float | None = None,
     temperature_c: float | None = None,
 ) -> Calibration:
     """Fit one lens profile to sweeps of the board.
@@ -182,6 +186,12 @@ def calibrate(
         DataError: the stacks do not belong together.
     """
     first = stacks[0]
+    for stack in stacks:
+        if len(stack.sweep.positions) < LEAST_FRAMES:
+            raise CalibrationError(
+                "TOO_FEW_FRAMES",
+                f"{stack.path} has {len(stack.sweep.positions)} frames; a sweep of the board needs {LEAST_FRAMES}",
+            )
     for stack in stacks[1:]:
         for name, here, there in (
             ("image size", stack.full_size, first.full_size),
@@ -192,6 +202,10 @@ def calibrate(
                 raise DataError(
                     f"{stack.path} and {first.path} differ in {name} ({here} and {there}); calibrate them apart"
                 )
+    _check_apertures(stacks)
+    for one, other in itertools.combinations(stacks, 2):
+        if one.sha256 == other.sha256:
+            raise DataError(f"{one.path} and {other.path} are the same sweep, which says nothing new; give it once")
     names = [stack.sweep.name for stack in stacks]
     shape = (int(first.sweep.images.shape[1]), int(first.sweep.images.shape[2]))
     nothing = camera_matrix(_guess(shape))
@@ -222,7 +236,6 @@ def calibrate(
                 focal_px=focal_px,
                 intrinsics=intrinsics,
                 lens_name=lens_name,
-                f_number=f_number,
                 temperature_c=temperature_c,
             )
         for _ in range(FLOOR_ROUNDS):
@@ -247,6 +260,8 @@ def calibrate(
     _check_sharpened(stacks, blurs)
     left_out = leave_one_out(seen, fit)
     profile, sentences = _profile(stacks, poses, fit, left_out, curve, pinhole, sigma, shape)
+    f_numbers = [stack.f_number for stack in stacks if not math.isnan(stack.f_number)]
+    f_number = float(np.median(f_numbers)) if f_numbers else None
     profile = profile.model_copy(update={"lens": lens_name, "f_number": f_number, "temperature_c": temperature_c})
     return Calibration(
         profile=profile,
@@ -371,6 +386,18 @@ def _check_sharp_range(stacks: Sequence[BoardStack], found: Sequence[Found]) -> 
     )
 
 
+def _check_apertures(stacks: Sequence[BoardStack]) -> None:
+    """DataError if the headers tell of different apertures or focal lengths."""
+    for name, told in (
+        ("f-number", [stack.f_number for stack in stacks]),
+        ("focal length", [stack.lens.focal_length_m if stack.lens else math.nan for stack in stacks]),
+    ):
+        known = [(value, stack.path) for value, stack in zip(told, stacks, strict=True) if not math.isnan(value)]
+        (low, one), (high, other) = min(known, default=(1.0, "")), max(known, default=(1.0, ""))
+        if high > (1 + SAME_APERTURE) * low:
+            raise DataError(f"{one} and {other} differ in {name} ({low:g} and {high:g}); calibrate them apart")
+
+
 def _check_dropped(stacks: Sequence[BoardStack], blurs: Sequence[PatchBlur]) -> None:
     """`BLUR_TOO_LARGE` when so much is blurred beyond the size of a square that little is left."""
     lost = [
@@ -380,7 +407,7 @@ def _check_dropped(stacks: Sequence[BoardStack], blurs: Sequence[PatchBlur]) -> 
     ]
     worst = int(np.argmax(lost))
     usable = len(stacks[worst].sweep.positions) - sum(g is None for g in blurs[worst].geometry)
-    if usable < 4:
+    if usable < LEAST_FRAMES:
         raise CalibrationError(
             "BLUR_TOO_LARGE",
             f"{stacks[worst].sweep.name}: only {usable} of {len(blurs[worst].geometry)} frames show the board with "

@@ -24,18 +24,18 @@ def _board(
     paper: Annotated[str, typer.Option(help="A5, A4, letter, A3 or A2.")] = "A4",
     columns: Annotated[int, typer.Option(min=3, max=30, help="Squares across.")] = 7,
     rows: Annotated[int, typer.Option(min=3, max=30, help="Squares down; odd.")] = 5,
-    square_mm: Annotated[float | None, typer.Option(min=2, help="Side of a square; the largest that fits.")] = None,
+    square_mm: Annotated[float | None, typer.Option(min=2, max=500, help="Side of a square; else the largest.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite.")] = False,
 ) -> None:
     """Draw the calibration target in true scale, and board.yaml that describes it."""
     import yaml
 
     from calibration.board import board_for_paper, write_pdf, write_png
+    from capture.output import check_output
 
     description = output.with_suffix(".yaml")
     for path in (output, description):
-        if path.exists() and not force:
-            raise UsageError(f"{path} exists already; choose another name, or overwrite it with --force")
+        check_output(path, overwrite=force)
     board = board_for_paper(paper, columns, rows)
     if square_mm is not None:
         board = board.model_copy(update={"square_m": square_mm / 1000})
@@ -62,7 +62,7 @@ def _calibrate(
     board: Annotated[Path | None, typer.Option(help="board.yaml, if the stacks do not carry it.")] = None,
     ruler_mm: Annotated[float | None, typer.Option(help="Measured length of the board's printed 100 mm ruler.")] = None,
     focal_px: Annotated[
-        float | None, typer.Option(min=1, help="Focal length in pixels at mid focus, if known.")
+        float | None, typer.Option(min=1, max=1e6, help="Focal length in pixels at mid focus, if known.")
     ] = None,
     intrinsics: Annotated[
         Path | None, typer.Option(help="Camera matrix and distortion at mid focus: YAML of OpenCV or ROS.")

@@ -25,6 +25,7 @@ from capture.errors import DataError, UsageError
 
 Numeric = TypeVar("Numeric")  # float, numpy.ndarray or torch.Tensor
 
+SAME_APERTURE = 0.03  # f-numbers that differ by less, relatively, are rounded differently
 NEAREST_FOCUS = 1.01  # focal lengths, hundredfold magnification; at 1 the sensor would be infinitely far away
 
 

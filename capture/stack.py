@@ -230,6 +230,14 @@ class FocalStack:
             return np.full(self.n_frames, np.nan, dtype)
         return self._file.array(f"stack/{name}", (self.n_planned,), "f")[self.frame_index].astype(dtype)
 
+    @property
+    def working_f_number(self) -> float:
+        """The aperture that most frames report, else the lens's; NaN unknown."""
+        reported = self.f_number[np.isfinite(self.f_number)]
+        if len(reported):
+            return float(np.median(reported))
+        return self.lens.f_number if self.lens else math.nan
+
     def _check_distances(self) -> None:
         distances, self.distance_problem = usable_distances(self.focus_distance_m, [f"{i}" for i in self.frame_index])
         if self.distance_problem and self.complete:

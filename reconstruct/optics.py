@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capture.errors import DataError
-from capture.lens import LensProfile
+from capture.lens import SAME_APERTURE, LensProfile
 from capture.stack import FocalStack
 from reconstruct.export import Intrinsics
 
@@ -120,8 +120,14 @@ def _from_profile(stack: FocalStack, profile: LensProfile) -> StackOptics:
     Refinement does render, but from an image fused from the frames, which holds the floor already; it keeps
     its own `FLOOR_PX`, whatever the lens.
 
-    Raises DataError if the profile does not fit the stack's size or knows nothing of its focus positions.
+    Raises DataError if the profile does not fit the stack's size or aperture, or knows nothing of its focus positions.
     """
+    f_number = stack.working_f_number
+    if profile.f_number and abs(np.log(f_number / profile.f_number)) > SAME_APERTURE:  # never where it is unknown
+        raise DataError(
+            f"{stack.path} was taken at f/{f_number:g}, its lens profile holds for f/{profile.f_number:g}; calibrate "
+            "at that aperture, or take f_number out of the profile (--lens) if the camera misreports it"
+        )
     fitted = profile.fitted_to(stack.width, stack.height)
     if stack.focus_unit == fitted.focus.unit and not np.isnan(stack.focus_command).any():
         optics = fitted.optics(stack.focus_command)

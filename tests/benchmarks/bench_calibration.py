@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import resource
 import sys
 import tempfile
@@ -112,7 +113,7 @@ class Trial:
             standing, noise_seed = self.camera.pose(printed, **pose), int(rng.integers(2**31))
             images = self.camera.sweep(printed, standing, STEPS, noise_seed, self.jitter_dpt)
             sweep = Sweep(f"{k}", images, STEPS, Board(square_m=0.04, measured=True))
-            stacks.append(BoardStack(sweep, Path(f"{k}"), "", "step", 1, images.shape[1:], None, "", ()))
+            stacks.append(BoardStack(sweep, Path(f"{k}"), f"{k}", "step", 1, images.shape[1:], None, math.nan, "", ()))
         return stacks, Measured(value=focal, std=FOCAL_RATIO * focal, source="user")
 
     def row(self) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """From frames to lens.yaml: an independent aperture-sampled camera, and everything that can be wrong with a sweep."""
 
+import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -30,7 +32,8 @@ FOCAL = Measured(value=float(CAMERA.focal_at(500)), std=1.0, source="user")
 def stack_of(images, name="a.h5", **changes) -> BoardStack:
     sweep = Sweep(name, images, changes.pop("positions", STEPS[: len(images)]), changes.pop("board", BOARD))
     fields = {"unit": "step", "binning": 1, "full_size": images.shape[1:], "lens": None, "camera": "", "warnings": ()}
-    return BoardStack(sweep=sweep, path=Path(name), sha256="0" * 64, **{**fields, **changes})
+    fields |= {"f_number": math.nan, "sha256": name}
+    return BoardStack(sweep=sweep, path=Path(name), **{**fields, **changes})
 
 
 def every_other(images, name="a.h5", **changes) -> BoardStack:
@@ -55,6 +58,25 @@ def test_aperture_and_focus_come_out_of_images(calibration):
     error = profile.focus_dpt(STEPS) - CAMERA.focus_dpt(STEPS)
     assert np.sqrt(np.mean(error**2)) < 0.0025 * span
     assert abs(profile.pupil_diameter_m.value - CAMERA.pupil_m) < 4 * profile.pupil_diameter_m.std
+
+
+def test_stacks_that_do_not_belong_together_are_told_apart(frames):
+    one, other = (every_other(images, f"{k}.h5", f_number=2.8) for k, images in enumerate(frames))
+    for changes, says in (
+        ({"f_number": 3.2}, r"0\.h5 and 1\.h5 differ in f-number \(2\.8 and 3\.2\)"),
+        ({"sha256": one.sha256}, r"0\.h5 and 1\.h5 are the same sweep, which says nothing new"),
+    ):
+        with pytest.raises(DataError, match=says):
+            calibrate([one, replace(other, **changes)], focal_px=FOCAL)
+    few = stack_of(frames[0][:3], "few.h5")
+    with pytest.raises(DataError, match=r"few\.h5 has 3 frames; a sweep of the board needs 4"):
+        calibrate([few], focal_px=FOCAL)
+
+
+def test_the_profile_says_at_which_aperture_it_holds(frames, calibration):
+    assert calibration.profile.f_number is None
+    stacks = [stack_of(images, f"{k}.h5", f_number=2.8) for k, images in enumerate(frames)]
+    assert calibrate(stacks, focal_px=FOCAL).profile.f_number == 2.8
 
 
 def test_breathing_is_measured_with_its_sign(calibration):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from calibration.exif import profile_from_exif
 from capture.errors import DataError
 from capture.lens import Lens
 from capture.stack import FocalStack
@@ -54,3 +55,15 @@ def test_two_known_distances_say_where_near_is(tmp_path, distances_m, nearest, t
     assert optics.focus_dpt.argmax() == nearest
     assert np.ptp(optics.focus_dpt) == 1.0 and len(optics.focus_dpt) == len(FOCUS_DPT)
     assert ("first frame is taken for the nearest" in optics.warnings[0]) is taken
+
+
+def test_a_profile_holds_for_its_aperture_only(tmp_path):
+    path = write_small_stack(tmp_path / "stack.h5")
+    profile = profile_from_exif(path)
+    assert profile.f_number == LENS.f_number
+    with FocalStack.open(path) as stack:
+        optics_of(stack, profile)
+        optics_of(stack, profile.model_copy(update={"f_number": None}))
+        optics_of(stack, profile.model_copy(update={"f_number": 1.02 * LENS.f_number}))
+        with pytest.raises(DataError, match=r"h5 was taken at f/2\.8, its lens profile holds for f/5\.6"):
+            optics_of(stack, profile.model_copy(update={"f_number": 5.6}))
