@@ -27,7 +27,9 @@ MARGIN_MM = 10.0
 PAPERS_MM = {"A5": (210, 148), "A4": (297, 210), "letter": (279.4, 215.9), "A3": (420, 297), "A2": (594, 420)}
 RULER_MM = 100.0
 SUPERSAMPLING = 3  # odd: the middle sample lies on the pixel centre
+MAX_PNG_PIXELS = 400_000_000  # A1 at 600 dpi has 280 million
 MAX_TEXELS = 24  # per cell
+FOUND_WHOLE = 0.8  # of the corners
 
 
 class Board(BoardDescription):
@@ -82,12 +84,16 @@ def find_board(image: NDArray[np.float32], board: Board) -> BoardView:
 
 
 def other_pattern_that_fits(image: NDArray[np.float32], board: Board) -> Board | None:
-    """A board like `board` with swapped sides or the legacy pattern that is found in `image`, if one is."""
+    """A board like `board` with swapped sides or the legacy pattern that is found whole in `image`, if one is.
+
+    Markers are numbered row by row: part of a board of as many columns and other rows looks the same.
+    """
     for swap in (False, True):
         for legacy in (False, True):
             columns, rows = (board.rows, board.columns) if swap else (board.columns, board.rows)
             other = board.model_copy(update={"columns": columns, "rows": rows, "legacy_pattern": legacy})
-            if other != board and len(find_board(image, other).ids) >= 8:
+            n_corners = (columns - 1) * (rows - 1)
+            if other != board and len(find_board(image, other).ids) >= FOUND_WHOLE * n_corners:
                 return other
     return None
 
@@ -247,9 +253,18 @@ def write_pdf(board: Board, path: Path, paper: str) -> None:
 
 
 def write_png(board: Board, path: Path, dpi: float = 600.0) -> None:
-    """The board with a white margin as a PNG whose stored resolution prints it in true scale."""
+    """The board with a white margin as a PNG whose stored resolution prints it in true scale.
+
+    Raises UsageError if it would be larger than any print.
+    """
     cell_m = board.square_m / CELLS
     px_per_cell = max(1, round(cell_m / 0.0254 * dpi))
+    height, width = (px_per_cell * CELLS * squares for squares in (board.rows, board.columns))
+    if height * width > MAX_PNG_PIXELS:
+        raise UsageError(
+            f"{board.columns} x {board.rows} squares of {board.square_m * 1000:g} mm would be {width} x {height} px at "
+            f"{dpi:g} dpi, and {MAX_PNG_PIXELS // 1_000_000} million px are the limit; take smaller or fewer squares"
+        )
     image = np.kron(np.pad(board.cells(), CELLS // 4, constant_values=1), np.ones((px_per_cell, px_per_cell), np.uint8))
     png = cv2.imencode(".png", image * np.uint8(255))[1].tobytes()
     px_per_m = round(px_per_cell / cell_m)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -31,21 +32,22 @@ def _board(
     import yaml
 
     from calibration.board import board_for_paper, write_pdf, write_png
-    from capture.output import check_output
+    from capture.output import check_output, write_text
 
+    kind = output.suffix.lower()
+    if kind not in (".pdf", ".png"):
+        raise UsageError(f"-o {output}: the board is written as .pdf or .png; say -o board.pdf")
     description = output.with_suffix(".yaml")
     for path in (output, description):
         check_output(path, overwrite=force)
     board = board_for_paper(paper, columns, rows)
     if square_mm is not None:
         board = board.model_copy(update={"square_m": square_mm / 1000})
-    if output.suffix.lower() == ".pdf":
+    if kind == ".pdf":
         write_pdf(board, output, paper)
-    elif output.suffix.lower() == ".png":
-        write_png(board, output)
     else:
-        raise UsageError(f"-o {output}: the board is written as .pdf or .png")
-    description.write_text(yaml.safe_dump(board.model_dump(), sort_keys=False), encoding="utf-8")
+        write_png(board, output)
+    write_text(description, yaml.safe_dump(board.model_dump(), sort_keys=False))
     typer.echo(
         f"{output}: {board.columns} x {board.rows} squares of {board.square_m * 1000:g} mm; described in {description}"
     )
@@ -98,6 +100,8 @@ def _calibrate(
         raise UsageError("--from-exif, --check and --scene exclude each other; give one")
     if intrinsics is not None and focal_px is not None:
         raise UsageError("--intrinsics and --focal-px exclude each other; the file holds the focal length")
+    if temperature is not None and not math.isfinite(temperature):
+        raise UsageError(f"--temperature {temperature:g} must be a finite number")
     given = _read_board(board) if board is not None else None
 
     if check:

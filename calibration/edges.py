@@ -132,6 +132,13 @@ def locate(sweep: Sweep) -> Found:
                 f"{other.columns} x {other.rows}{' (pattern of OpenCV before 4.6)' if other.legacy_pattern else ''}; "
                 "correct the board description",
             )
+        n_markers = max(view.n_markers for view in views)
+        if counts.max() == 0 and n_markers >= MIN_CORNERS:  # corners of the right board are found between its markers
+            raise CalibrationError(
+                "NO_BOARD",
+                f"{sweep.name}: {n_markers} markers are seen, but not placed as on a board of {sweep.board.columns} x "
+                f"{sweep.board.rows} squares; correct columns and rows of the board description",
+            )
         closest = int(np.argmax([view.n_markers for view in views])) if any(v.n_markers for v in views) else sharpest
         raise CalibrationError(
             "NO_BOARD",

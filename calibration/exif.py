@@ -94,7 +94,7 @@ def profile_from_exif(path: Path) -> LensProfile:
             floor_sigma_px=Measured(value=0.5, std=0.3, source="assumed"),
             distance_scale_std=FOCAL_RATIO,
             camera=" ".join(str(stack.camera[k]) for k in ("make", "model") if stack.camera.get(k)),
-            f_number=lens.f_number,
+            f_number=stack.working_f_number,
             sources=(
                 SourceStack(
                     file=path.name,

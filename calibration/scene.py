@@ -11,7 +11,7 @@ from __future__ import annotations
 import datetime
 import html
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -23,8 +23,8 @@ from calibration.edges import CalibrationError, Patch
 from calibration.report import Series, plot
 from capture.alignment import Alignment, align_stack
 from capture.errors import UsageError
-from capture.lens import Breathing, FocusTable, Intrinsics, LensProfile, Measured
-from capture.stack import FocalStack
+from capture.lens import SAME_APERTURE, Breathing, FocusTable, Intrinsics, LensProfile, Measured
+from capture.stack import FocalStack, file_sha256
 
 MAX_PIXELS = 400_000
 TILE_PX = 40
@@ -68,10 +68,18 @@ def refine_from_scenes(paths: Sequence[Path], rough: LensProfile | None) -> Scen
     """Refine `rough`, or build a relative profile, from textured stacks taken with one set of focus positions.
 
     Raises:
-        UsageError: the stacks have different focus positions or sizes.
-        CalibrationError: too little texture, or a stack that does not align.
+        UsageError: the stacks have different focus positions, sizes or apertures, or one is given twice.
+        CalibrationError: too small, too little texture, or a stack that does not align.
     """
     positions, unit, shape, pitch = _common_header(paths)
+    f_number = _common_f_number(paths, rough)
+    n_places = int(np.prod([len(_tile_places(side_px)) for side_px in shape]))
+    if n_places < MIN_TILES:
+        raise CalibrationError(
+            "TOO_SMALL",
+            f"{paths[0]}: {shape[1]} x {shape[0]} px have room for {n_places} patches, and {MIN_TILES} are needed; "
+            "give the stack at its full size",
+        )
     tiles, alignments = [], []
     reduction = max(1.0, float(np.sqrt(shape[0] * shape[1] / MAX_PIXELS)))
     offset = 0
@@ -91,7 +99,8 @@ def refine_from_scenes(paths: Sequence[Path], rough: LensProfile | None) -> Scen
         )
     scale = np.exp(np.mean([np.log(alignment.scales) for alignment in alignments], axis=0))
     scale = scale / scale[len(scale) // 2]
-    return _fit(merged, positions, unit, shape, pitch, reduction, scale, rough, paths, n_tiles)
+    fit = _fit(merged, positions, unit, shape, pitch, reduction, scale, rough, paths, n_tiles)
+    return replace(fit, profile=fit.profile.model_copy(update={"f_number": f_number}))
 
 
 def write_scene_report(fit: SceneFit, path: Path) -> None:
@@ -143,10 +152,32 @@ def _common_header(paths: Sequence[Path]) -> tuple[FloatArray, str, tuple[int, i
             raise UsageError(
                 f"{path} has other focus positions or another size than {paths[0]}; refine from each alone"
             )
+    hashes = [file_sha256(path) for path in paths]
+    for k, digest in enumerate(hashes):
+        if digest in hashes[:k]:
+            twin = paths[hashes.index(digest)]
+            raise UsageError(f"{twin} and {paths[k]} are the same stack, which counts once; leave one out")
     if len(np.unique(first[0])) < len(first[0]):
         # some cameras report one position for two neighbours: their order is still known
         return np.arange(len(first[0]), dtype=np.float64), "step", first[2], first[3]
     return first
+
+
+def _common_f_number(paths: Sequence[Path], rough: LensProfile | None) -> float | None:
+    """The f-number of `rough` and the stacks, as far as they say it."""
+    told = [] if rough is None or rough.f_number is None else [("the profile", rough.f_number)]
+    for path in paths:
+        with FocalStack.open(path) as stack:
+            if np.isfinite(stack.working_f_number):
+                told.append((str(path), stack.working_f_number))
+    for source, f_number in told:
+        first, common = told[0]
+        if abs(f_number - common) > SAME_APERTURE * common:
+            raise UsageError(
+                f"{source} was taken at f/{f_number:g} and {first} at f/{common:g}; refine from stacks of one "
+                "aperture, the profile's"
+            )
+    return told[0][1] if told else None
 
 
 def _aligned(path: Path, n_frames: int, reduction: float) -> tuple[NDArray[np.float32], Alignment]:
@@ -168,12 +199,11 @@ def _relative_blur(frames: NDArray[np.float32]) -> _Tiles:
     n_frames, height, width = frames.shape
     energy = np.stack([cv2.GaussianBlur(frame, (0, 0), 1.0) for frame in frames])
     energy = np.stack([cv2.blur(cv2.Laplacian(frame, cv2.CV_32F) ** 2, (TILE_PX, TILE_PX)) for frame in energy])
-    centers = [
-        (y, x) for y in range(TILE_PX, height - TILE_PX, TILE_PX) for x in range(TILE_PX, width - TILE_PX, TILE_PX)
-    ]
+    centers = [(y, x) for y in _tile_places(height) for x in _tile_places(width)]
     contrast = np.array([energy[:, y, x].max() - energy[:, y, x].min() for y, x in centers])
     best = np.argsort(-contrast)[:MAX_TILES]
-    best = best[contrast[best] > 0.02 * np.median(contrast[best[: max(len(best) // 4, 1)]])]
+    if len(best):
+        best = best[contrast[best] > 0.02 * np.median(contrast[best[: max(len(best) // 4, 1)]])]
     blurred = np.stack(
         [np.stack([frame if s == 0 else cv2.GaussianBlur(frame, (0, 0), s) for frame in frames]) for s in SIGMAS_PX]
     )
@@ -198,6 +228,10 @@ def _relative_blur(frames: NDArray[np.float32]) -> _Tiles:
     table = np.array(rows).reshape(-1, 5)
     integer = table[:, :3].astype(np.int64)
     return _Tiles(integer[:, 0], integer[:, 1], integer[:, 2], table[:, 3], table[:, 4])
+
+
+def _tile_places(side_px: int) -> range:
+    return range(TILE_PX, side_px - TILE_PX, TILE_PX)
 
 
 def _fit(

@@ -142,6 +142,14 @@ def test_a_wrong_board_description_is_named(frames):
         locate(stack_of(frames[0], board=Board(columns=5, rows=7)).sweep)
 
 
+@pytest.mark.parametrize(("columns", "rows"), [(9, 7), (11, 8), (8, 6)])
+def test_a_board_of_another_size_is_not_called_one_turned_round(frames, columns, rows):
+    sweep = stack_of(frames[0][5:8], board=Board(columns=columns, rows=rows)).sweep
+    words = rf"a\.h5: 17 markers are seen, but not placed as on a board of {columns} x {rows} squares; .*\[NO_BOARD\]"
+    with pytest.raises(CalibrationError, match=words):
+        locate(sweep)
+
+
 def test_a_board_that_moved_is_named(frames):
     moved = frames[0].copy()
     moved[4] = np.roll(moved[4], 5, axis=1)
@@ -235,6 +243,20 @@ def test_distortion_is_estimated_from_tilted_boards(k1):
 def test_stacks_of_different_cameras_are_refused(frames):
     with pytest.raises(DataError, match="differ in camera"):
         calibrate([stack_of(frames[0]), stack_of(frames[1], camera="another")], focal_px=FOCAL)
+
+
+def test_a_packed_copy_of_a_sweep_is_refused(frames):
+    stacks = [every_other(frames[k], name) for k, name in ((0, "a.h5"), (1, "b.h5"), (0, "a_packed.h5"))]
+    with pytest.raises(DataError, match=r"^a\.h5 and a_packed\.h5 are the same sweep"):
+        calibrate(stacks, focal_px=FOCAL)
+
+
+def test_check_refuses_a_sweep_at_another_aperture(calibration, frames):
+    profile = calibration.profile.model_copy(update={"f_number": 2.8})
+    with pytest.raises(UsageError, match=r"a\.h5 was taken at f/5\.6 and the profile at f/2\.8; sweep at"):
+        check_profile(profile, every_other(frames[0], f_number=5.6))
+    for f_number in (2.83, math.nan):
+        assert check_profile(profile, every_other(frames[0], f_number=f_number)).holds
 
 
 # --- files
@@ -348,6 +370,22 @@ def test_the_board_command_writes_what_calibrate_reads(tmp_path):
     from capture.config import load_yaml
 
     assert load_yaml(tmp_path / "board.yaml", Board).square_m == pytest.approx(0.052, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("board -o {}/b.gif", r"b\.gif: the board is written as \.pdf or \.png; say -o board\.pdf"),
+        ("board -o {}/nodir/b.pdf", "nodir does not exist; create it"),
+        ("board -o {}/b.png --square-mm 500", r"would be \d+ x \d+ px at 600 dpi, .*; take smaller or fewer"),
+        ("calibrate a.h5 -o {}/lens.yaml --temperature nan", "--temperature nan must"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_before_anything_is_written(tmp_path, arguments, words):
+    done = CliRunner().invoke(app, arguments.format(tmp_path).split())
+    assert isinstance(done.exception, UsageError), done.exception
+    assert re.search(words, str(done.exception))
+    assert not list(tmp_path.iterdir())
 
 
 def test_gain_and_offset_of_the_light_change_nothing(frames):
