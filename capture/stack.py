@@ -233,7 +233,7 @@ class FocalStack:
     @property
     def working_f_number(self) -> float:
         """The aperture that most frames report, else the lens's; NaN unknown."""
-        reported = self.f_number[np.isfinite(self.f_number)]
+        reported = self.f_number[np.isfinite(self.f_number) & (self.f_number > 0)]
         if len(reported):
             return float(np.median(reported))
         return self.lens.f_number if self.lens else math.nan
