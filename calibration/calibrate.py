@@ -23,7 +23,7 @@ from calibration.edges import CalibrationError, Found, PatchBlur, Ramp, Sweep, l
 from calibration.fit import FLOOR_TO_SIGMA, Fit, LeftOut, Observations, fit_blur, leave_one_out
 from calibration.intrinsics import NOMINAL_RATIO, camera_matrix, check_intrinsics, estimate_intrinsics
 from capture.errors import DataError, UsageError
-from capture.lens import SAME_APERTURE, Breathing, FocusTable, Intrinsics, Lens, LensProfile, Measured, SourceStack
+from capture.lens import Breathing, FocusTable, Intrinsics, Lens, LensProfile, Measured, SourceStack, same_setting
 from capture.stack import FocalStack, file_sha256
 
 logger = logging.getLogger(__name__)
@@ -395,7 +395,7 @@ def _check_apertures(stacks: Sequence[BoardStack]) -> None:
     ):
         known = [(value, stack.path) for value, stack in zip(told, stacks, strict=True) if not math.isnan(value)]
         (low, one), (high, other) = min(known, default=(1.0, "")), max(known, default=(1.0, ""))
-        if high > (1 + SAME_APERTURE) * low:
+        if not same_setting(low, high):
             raise DataError(f"{one} and {other} differ in {name} ({low:g} and {high:g}); calibrate them apart")
 
 

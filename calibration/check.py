@@ -10,7 +10,7 @@ from calibration.calibrate import BoardStack, Pose
 from calibration.edges import CalibrationError, locate, measure, pose_of
 from calibration.intrinsics import camera_matrix
 from capture.errors import UsageError
-from capture.lens import SAME_APERTURE, LensProfile
+from capture.lens import LensProfile, same_setting
 
 GAIN_LIMIT = 0.02
 FRAMES_NEEDED = 3
@@ -39,7 +39,7 @@ def check_profile(profile: LensProfile, stack: BoardStack) -> Check:
     sweep = stack.sweep
     if stack.unit != profile.focus.unit:
         raise UsageError(f"{stack.path} counts focus in {stack.unit}s, the profile in {profile.focus.unit}s")
-    if profile.f_number and abs(np.log(stack.f_number / profile.f_number)) > SAME_APERTURE:  # never where it is unknown
+    if profile.f_number and not same_setting(stack.f_number, profile.f_number):
         raise UsageError(
             f"{stack.path} was taken at f/{stack.f_number:g} and the profile at f/{profile.f_number:g}; sweep at the "
             "profile's aperture"

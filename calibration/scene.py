@@ -23,7 +23,7 @@ from calibration.edges import CalibrationError, Patch
 from calibration.report import Series, plot
 from capture.alignment import Alignment, align_stack
 from capture.errors import UsageError
-from capture.lens import SAME_APERTURE, Breathing, FocusTable, Intrinsics, LensProfile, Measured
+from capture.lens import Breathing, FocusTable, Intrinsics, LensProfile, Measured, same_setting
 from capture.stack import FocalStack, file_sha256
 
 MAX_PIXELS = 400_000
@@ -172,7 +172,7 @@ def _common_f_number(paths: Sequence[Path], rough: LensProfile | None) -> float 
                 told.append((str(path), stack.working_f_number))
     for source, f_number in told:
         first, common = told[0]
-        if abs(f_number - common) > SAME_APERTURE * common:
+        if not same_setting(f_number, common):
             raise UsageError(
                 f"{source} was taken at f/{f_number:g} and {first} at f/{common:g}; refine from stacks of one "
                 "aperture, the profile's"

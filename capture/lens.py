@@ -25,7 +25,7 @@ from capture.errors import DataError, UsageError
 
 Numeric = TypeVar("Numeric")  # float, numpy.ndarray or torch.Tensor
 
-SAME_APERTURE = 0.03  # f-numbers that differ by less, relatively, are rounded differently
+ROUNDED = 0.03  # relatively; f-numbers or focal lengths that differ by less are rounded differently
 NEAREST_FOCUS = 1.01  # focal lengths, hundredfold magnification; at 1 the sensor would be infinitely far away
 
 
@@ -95,6 +95,11 @@ class Lens(BaseModel):
                     "or the distance (in metres)"
                 )
         return None
+
+
+def same_setting(one: float, other: float) -> bool:
+    """Whether two f-numbers, or two focal lengths, say the same but for rounding; true where one is NaN, unknown."""
+    return not max(one, other) > (1 + ROUNDED) * min(one, other)
 
 
 def coc_diameter_px(kappa_px_per_dpt: Any, focus_dpt: Any, inverse_depth_dpt: Any) -> Any:

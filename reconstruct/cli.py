@@ -241,7 +241,9 @@ def main() -> None:
             _fail("terminated; run the same command again to continue", TERMINATED)
         raise
     except OSError as error:
-        if error.errno == 28:  # ENOSPC
+        from reconstruct.memory import disk_is_full
+
+        if disk_is_full(error):
             _fail(
                 f"no space left on the device while writing {error.filename or 'the result'}; free some and run again",
                 7,

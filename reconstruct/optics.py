@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capture.errors import DataError
-from capture.lens import SAME_APERTURE, LensProfile
+from capture.lens import LensProfile, same_setting
 from capture.stack import FocalStack
 from reconstruct.export import Intrinsics
 
@@ -123,7 +123,7 @@ def _from_profile(stack: FocalStack, profile: LensProfile) -> StackOptics:
     Raises DataError if the profile does not fit the stack's size or aperture, or knows nothing of its focus positions.
     """
     f_number = stack.working_f_number
-    if profile.f_number and abs(np.log(f_number / profile.f_number)) > SAME_APERTURE:  # never where it is unknown
+    if profile.f_number and not same_setting(f_number, profile.f_number):
         raise DataError(
             f"{stack.path} was taken at f/{f_number:g}, its lens profile holds for f/{profile.f_number:g}; calibrate "
             "at that aperture, or take f_number out of the profile (--lens) if the camera misreports it"

@@ -6,7 +6,6 @@ A stack is copied here, worked on, and its result copied back; nothing else of t
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from typing import Any
 
 from capture.errors import DaifError, DataError, NoSpaceError, UsageError, without_password
 from reconstruct import result
+from reconstruct.memory import disk_is_full
 
 
 def is_url(location: str) -> bool:
@@ -39,7 +39,7 @@ def _reaching(url: str) -> Iterator[tuple[Any, str]]:
     except DaifError:
         raise
     except Exception as error:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        if isinstance(error, OSError) and disk_is_full(error):
             raise NoSpaceError(f"{tempfile.gettempdir()} has no room for {url}; set TMPDIR to another disk") from None
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UsageError(

@@ -10,7 +10,6 @@ DIR/training/01/        fine-tuning runs
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import re
 import threading
@@ -24,6 +23,7 @@ from capture.errors import DaifError, DataError, NoSpaceError, UsageError
 from capture.lease import Lease
 from capture.stack import FocalStack, partial_path
 from reconstruct import result
+from reconstruct.memory import disk_is_full
 from reconstruct.session_plan import Wishes
 
 Status = Literal["capturing", "unfinished", "complete"]
@@ -95,7 +95,7 @@ class SessionFolder:
 
     def unusable(self, error: OSError) -> DaifError:
         """The one sentence about a disk that takes no more, or is there no more."""
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if disk_is_full(error):
             return NoSpaceError(f"the disk of {self.path} is full; free some space and try again")
         return UsageError(f"{self.path} cannot be used ({error.strerror}); see to its disk and try again")
 

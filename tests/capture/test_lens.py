@@ -20,6 +20,7 @@ from capture.lens import (
     depth_of_field_m,
     dioptre_to_metre,
     metre_to_dioptre,
+    same_setting,
 )
 
 LENS = Lens(focal_length_m=0.050, f_number=2.8, pixel_pitch_m=2.5e-5)
@@ -226,3 +227,9 @@ def test_a_profile_fits_a_resized_image_and_refuses_a_cropped_one():
 def test_a_focus_map_that_turns_is_refused():
     with pytest.raises(ValidationError, match="the map turns"):
         FocusTable(positions=(0, 1, 2), focus_dpt=(0.4, 0.6, 0.5), std_dpt=(0, 0, 0))
+
+
+def test_settings_are_the_same_but_for_rounding():
+    assert same_setting(2.8, 2.83) and same_setting(2.83, 2.8)
+    assert not same_setting(2.8, 2.9) and not same_setting(2.9, 2.8)
+    assert same_setting(2.8, np.nan) and same_setting(np.nan, 2.8)
