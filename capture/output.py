@@ -1,12 +1,15 @@
-"""Names that results are written under: what is refused before any work begins, and text that is whole or not there."""
+"""Names that results are written under: what is refused before any work begins, text that is whole or not there, full
+disks."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
-from capture.errors import UsageError
+from capture.errors import NoSpaceError, UsageError
 
 MAX_NAME_BYTES = 240  # file systems take 255, and `.creating` or `.lock` is added while a file is being written
 
@@ -45,3 +48,19 @@ def write_text(path: Path, text: str) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def disk_is_full(error: OSError) -> bool:
+    """Whether `error` is what the system, or NumPy without the system's number, raise on a full disk."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "requested and" in str(error)
+
+
+@contextlib.contextmanager
+def room_in(folder: Path, what: str, instead: str = "use another -o") -> Iterator[None]:
+    """A full disk, met while `what` is written into `folder`, becomes a NoSpaceError."""
+    try:
+        yield
+    except OSError as error:
+        if disk_is_full(error):
+            raise NoSpaceError(f"{folder} has no room for {what}; free some, or {instead}") from None
+        raise

@@ -21,7 +21,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from capture.errors import DataError
-from reconstruct.memory import room_in
+from capture.output import room_in
 
 FORMAT = 1
 DEFAULT_WEIGHTS = Path(__file__).parent / "weights" / "default.safetensors"

@@ -17,6 +17,7 @@ import calibration.cli
 import capture.cli
 import reconstruct.train_cli
 from capture.errors import DaifError, UsageError
+from capture.output import disk_is_full
 
 app = typer.Typer(
     name="daif",
@@ -241,8 +242,6 @@ def main() -> None:
             _fail("terminated; run the same command again to continue", TERMINATED)
         raise
     except OSError as error:
-        from reconstruct.memory import disk_is_full
-
         if disk_is_full(error):
             _fail(
                 f"no space left on the device while writing {error.filename or 'the result'}; free some and run again",

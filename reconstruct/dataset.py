@@ -35,12 +35,13 @@ from capture.alignment import align_stack
 from capture.errors import DataError
 from capture.lens import LensProfile
 from capture.optics import ApertureRenderer, Psf, Quality, expose
+from capture.output import room_in
 from capture.scenes import Scene, srgb_to_linear
 from capture.stack import FocalStack
 from reconstruct import remote, result
 from reconstruct.device import own_share
 from reconstruct.lens_fit import picture_focus
-from reconstruct.memory import on_disk, room_in
+from reconstruct.memory import on_disk
 from reconstruct.network import Prior
 from reconstruct.optics import optics_of
 from reconstruct.plane_sweep import quietened, relative_exposure

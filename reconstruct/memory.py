@@ -7,12 +7,10 @@ The bytes per pixel of plane sweep and network are the growth of peak resident m
 from __future__ import annotations
 
 import ctypes
-import errno
 import math
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -23,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from capture.errors import NoSpaceError
+from capture.output import room_in
 
 # bytes per tile pixel: constant part, and per frame
 SWEEP_BYTES = (470, 175)
@@ -99,22 +98,6 @@ def on_disk(shape: tuple[int, ...], dtype: np.dtype[Any], folder: Path | None = 
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error now, not a crash later
         return np.memmap(file, dtype, "r+", shape=shape)
-
-
-def disk_is_full(error: OSError) -> bool:
-    """Whether `error` is what the system, or NumPy without the system's number, raise on a full disk."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "requested and" in str(error)
-
-
-@contextmanager
-def room_in(folder: Path, what: str, instead: str = "use another -o") -> Iterator[None]:
-    """A full disk, met while `what` is written into `folder`, becomes a NoSpaceError."""
-    try:
-        yield
-    except OSError as error:
-        if disk_is_full(error):
-            raise NoSpaceError(f"{folder} has no room for {what}; free some, or {instead}") from None
-        raise
 
 
 def plan(

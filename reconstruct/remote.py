@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from capture.errors import DaifError, DataError, NoSpaceError, UsageError, without_password
+from capture.output import disk_is_full
 from reconstruct import result
-from reconstruct.memory import disk_is_full
 
 
 def is_url(location: str) -> bool:

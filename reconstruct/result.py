@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from capture.decode import decode_image, to_linear, to_srgb8
 from capture.errors import DataError, NoSpaceError, UsageError
+from capture.output import disk_is_full
 from reconstruct import export
-from reconstruct.memory import disk_is_full
 
 RECORD = "reconstruction.json"
 _MANY_LOST = 0.01  # share of the known pixels that depth.png may lose without a word

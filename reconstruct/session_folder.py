@@ -21,9 +21,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from capture.errors import DaifError, DataError, NoSpaceError, UsageError
 from capture.lease import Lease
+from capture.output import disk_is_full
 from capture.stack import FocalStack, partial_path
 from reconstruct import result
-from reconstruct.memory import disk_is_full
 from reconstruct.session_plan import Wishes
 
 Status = Literal["capturing", "unfinished", "complete"]
